@@ -1,0 +1,272 @@
+"""The configuration: typed sections, strict YAML, `section.key=value` overrides, saved with the run.
+
+Every default stands here and nowhere else. `load` turns a file and overrides into a `Config` or raises `UserError`
+with one line that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from esam_dist.errors import UserError
+from esam_dist.schedule import Schedule
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """One section of the file: unknown keys are refused, text is not taken for a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Where the run lives, and what makes it repeatable."""
+
+    folder: Path = Path("runs/esam")
+    """Everything the run writes: config, metrics, checkpoints, environment."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Weights, data order, augmentation, perturbed parameters and dropout are functions of it."""
+    resume: str = "auto"
+    """`auto`: continue from the newest valid checkpoint; `never`: a new run; else the path of a checkpoint."""
+
+
+class Model(Section):
+    """The network, by name."""
+
+    name: str = "cifar_resnet8"
+    """A torchvision classifier (`resnet50`, `vit_b_16`, ...) or one of ours (`cifar_resnet8`, ...)."""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """Outputs of the classifier; empty: as many as the data has classes."""
+
+
+class Data(Section):
+    """What is read, and how it becomes batches."""
+
+    path: Path = Path("data/digits")
+    """Folder with `train` and `validation` shards, as `esam-dist prepare` writes it."""
+    batch_size: Count = 64
+    """Images per rank and micro-batch."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes per rank; 0 decodes in the training process."""
+    image_size: Count = 32
+    """Height and width of the images that the network sees, in pixels."""
+    augment: Literal["none", "shift", "imagenet"] = "shift"
+    """`shift`: random crop after a zero border of 1/8; `imagenet`: random resized crop and flip."""
+    shuffle_window: Count = 16
+    """Samples are shuffled within this many shards, themselves in shuffled order."""
+
+
+class Train(Section):
+    """How long, how precise, how chatty."""
+
+    epochs: Count = 20
+    """Passes over the training data; the learning rate's schedule spans them."""
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """Stop after this many updates, without changing the schedule; 0: no limit."""
+    accumulate: Count = 1
+    """Micro-batches per update: one perturbation and selection each, one all-reduce for all."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type of the forward passes; weights and updates stay in float32."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the target spread evenly over all classes."""
+    log_every: Count = 10
+    """Updates between two rows of metrics; the host waits for the device only then."""
+    validate_every: Count = 1
+    """Epochs between two validations; the last epoch is always validated."""
+
+
+class Optim(Section):
+    """The base optimizer and its learning rate."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """The optimizer that applies the sharpness-aware gradient."""
+    lr: NonNegative = 0.1
+    """Peak learning rate, for the global batch as it is (no hidden scaling)."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """SGD's momentum, or AdamW's beta1."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """AdamW's second-moment decay."""
+    nesterov: bool = False
+    """Nesterov's form of SGD's momentum."""
+    weight_decay: NonNegative = 5e-4
+    """L2 for SGD, decoupled for AdamW."""
+    decay_norm_and_bias: bool = False
+    """Whether weight decay also applies to normalisation parameters and biases."""
+    clip_grad_norm: NonNegative = 0.0
+    """Largest global gradient norm of an update; 0: no clipping."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_epochs: NonNegative = 1.0
+    """Epochs of linear warm-up from 0."""
+    step_epochs: list[NonNegative] = []
+    """For `schedule: step`: the epochs at which the rate is multiplied by `step_factor`."""
+    step_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """For `schedule: step`: the factor."""
+
+
+class Method(Section):
+    """Sharpness: what is perturbed, which samples are kept. Defaults are the paper's ESAM."""
+
+    name: Literal["sgd", "sam", "esam"] = "esam"
+    """`sgd`: no perturbation; `sam`: all weights, all samples; `esam`: beta of the weights, gamma of the samples."""
+    rho: Schedule = Schedule.constant(0.05)
+    """Radius of the perturbation (L2 norm, see `swp_scale`). A number, `[[epoch, value], ...]`, or
+    `{from, to, epochs}`; so also `beta` and `gamma`."""
+    beta: Schedule = Schedule.constant(0.5)
+    """SWP: expected share of the weights that a step perturbs, in (0, 1]."""
+    gamma: Schedule = Schedule.constant(0.5)
+    """SDS: share of the samples kept for the descent, in (0, 1]."""
+    scope: Literal["rank", "global"] = "rank"
+    """Samples are ranked within each rank's batch, or over the batches of all ranks."""
+    score: Literal["forward"] = "forward"
+    """`forward`: the rise of each sample's loss, measured at the perturbed weights."""
+    swp: Literal["tensor"] = "tensor"
+    """`tensor`: whole parameter tensors are drawn."""
+    swp_scale: Literal["none", "paper", "released"] = "none"
+    """Norm of the perturbation: `rho`; `rho / sqrt(beta)`; or `rho / beta`, as in the authors' code."""
+
+
+class Engine(Section):
+    """Who averages gradients and updates."""
+
+    name: Literal["native", "deepspeed"] = "native"
+    """`native`: one process or DDP; `deepspeed`: ZeRO."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed's ZeRO stage: 0, 1 or 2."""
+
+
+class Checkpoint(Section):
+    """What survives a failure."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates between two checkpoints; 0: only at the end of each epoch."""
+    keep: Count = 2
+    """Newest checkpoints kept; the best by validation accuracy is kept besides."""
+
+
+class Metrics(Section):
+    """Who may watch."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Prometheus endpoint of local rank 0; local rank r listens at port + r; 0: off."""
+    bind: str = "127.0.0.1"
+    """Address the endpoint listens on."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra `tensorboard`)."""
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    """Progress on rank 0: a bar on a terminal, log lines elsewhere."""
+
+
+class Config(Section):
+    """One training run."""
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    optim: Optim = Optim()
+    method: Method = Method()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read `path` (YAML), apply `section.key=value` overrides in order, and check every value.
+
+    Raises UserError when the file cannot be read, an override has no such form, or a key or value is refused.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: is not YAML ({' '.join(str(error).split())})") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"config {path}: must hold sections such as 'train:', not {type(values).__name__}")
+    for override in overrides or []:
+        _apply(values, override)
+    return parse(values, str(path))
+
+
+def parse(values: dict[str, Any], source: str) -> Config:
+    """Check plain `values`, named `source` in errors, against the sections. Raises UserError for the first fault."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_first_fault(error, source)) from None
+    _check_together(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `parse(yaml.safe_load(dump(c)))` equals `c`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def keys() -> dict[str, tuple[str, str]]:
+    """Every key as `section.key`, with its default and its one-paragraph description."""
+    table = {}
+    for section, field in Config.model_fields.items():
+        for key, entry in type(field.default).model_fields.items():
+            default = field.default.model_dump(mode="json")[key]
+            table[f"{section}.{key}"] = ("" if default is None else str(default), entry.description or "")
+    return table
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not equals or not dot or not section or not name or "." in name:
+        raise UserError(f"override {override!r}: must have the form section.key=value, such as train.epochs=5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    current = values.setdefault(section, {})
+    if current is None:
+        current = values[section] = {}
+    if not isinstance(current, dict):
+        raise UserError(f"override {override!r}: {section!r} is not a section in the file")
+    current[name] = value
+
+
+def _first_fault(error: ValidationError, source: str) -> str:
+    fault = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in fault["loc"][:2])
+    if fault["type"] == "extra_forbidden":
+        known = list(keys()) if "." in where else list(Config.model_fields)
+        near = difflib.get_close_matches(where, known, n=3, cutoff=0.5) or known[:3]
+        return f"{source}: unknown key {where!r}; did you mean {', '.join(near)}?"
+    value = fault["input"]
+    shown = repr(str(value) if isinstance(value, Path) else value)
+    return f"{source}: {where} = {shown[:80]} is refused: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _check_together(config: Config) -> None:
+    method, optim = config.method, config.optim
+    for key in ("beta", "gamma"):
+        for value in getattr(method, key).values():
+            if not 0.0 < value <= 1.0:
+                raise UserError(f"method.{key} = {value:g} is out of range; give a share in (0, 1]")
+    for value in method.rho.values():
+        if value < 0.0:
+            raise UserError(f"method.rho = {value:g} is negative; give a radius >= 0")
+    if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0.0):
+        raise UserError("optim.nesterov = true needs optim.name = sgd and optim.momentum > 0; set it to false")
+    if optim.schedule == "step" and not optim.step_epochs:
+        raise UserError("optim.schedule = step needs optim.step_epochs, such as [30, 60, 80]")
+    if config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
+        raise UserError(
+            "engine.zero_stage = 3 is refused: it shards the weights that a rank must perturb; use 0, 1 or 2"
+        )

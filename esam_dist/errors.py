@@ -1,0 +1,9 @@
+"""The one error type for what a user can get wrong.
+
+ValueError
+  UserError    one line naming key, value and remedy; the command line prints it and exits with status 2
+"""
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: the message is one line that names the key, the value and the remedy."""
