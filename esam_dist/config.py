@@ -11,26 +11,40 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from esam_dist.errors import UserError
 from esam_dist.schedule import Schedule
 
+
+
+def _scientific(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; a user means the number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Real = Annotated[float, BeforeValidator(_scientific), Field(allow_inf_nan=False)]
+NonNegative = Annotated[Real, Field(ge=0.0)]
+BelowOne = Annotated[Real, Field(ge=0.0, lt=1.0)]
+Folder = Annotated[Path, Field(strict=False)]
 
 
 class Section(BaseModel):
     """One section of the file: unknown keys are refused, text is not taken for a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class Run(Section):
     """Where the run lives, and what makes it repeatable."""
 
-    folder: Path = Path("runs/esam")
+    folder: Folder = Path("runs/esam")
     """Everything the run writes: config, metrics, checkpoints, environment."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Weights, data order, augmentation, perturbed parameters and dropout are functions of it."""
@@ -50,7 +64,7 @@ class Model(Section):
 class Data(Section):
     """What is read, and how it becomes batches."""
 
-    path: Path = Path("data/digits")
+    path: Folder = Path("data/digits")
     """Folder with `train` and `validation` shards, as `esam-dist prepare` writes it."""
     batch_size: Count = 64
     """Images per rank and micro-batch."""
@@ -75,7 +89,7 @@ class Train(Section):
     """Micro-batches per update: one perturbation and selection each, one all-reduce for all."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the forward passes; weights and updates stay in float32."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    label_smoothing: BelowOne = 0.0
     """Share of the target spread evenly over all classes."""
     log_every: Count = 10
     """Updates between two rows of metrics; the host waits for the device only then."""
@@ -90,9 +104,9 @@ class Optim(Section):
     """The optimizer that applies the sharpness-aware gradient."""
     lr: NonNegative = 0.1
     """Peak learning rate, for the global batch as it is (no hidden scaling)."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    momentum: BelowOne = 0.9
     """SGD's momentum, or AdamW's beta1."""
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    beta2: BelowOne = 0.999
     """AdamW's second-moment decay."""
     nesterov: bool = False
     """Nesterov's form of SGD's momentum."""
@@ -108,7 +122,7 @@ class Optim(Section):
     """Epochs of linear warm-up from 0."""
     step_epochs: list[NonNegative] = []
     """For `schedule: step`: the epochs at which the rate is multiplied by `step_factor`."""
-    step_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    step_factor: Annotated[Real, Field(gt=0.0, lt=1.0)] = 0.1
     """For `schedule: step`: the factor."""
 
 
@@ -124,7 +138,7 @@ class Method(Section):
     """SWP: expected share of the weights that a step perturbs, in (0, 1]."""
     gamma: Schedule = Schedule.constant(0.5)
     """SDS: share of the samples kept for the descent, in (0, 1]."""
-    scope: Literal["rank", "global"] = "rank"
+    scope: Literal["rank", "global"] = "global"
     """Samples are ranked within each rank's batch, or over the batches of all ranks."""
     score: Literal["forward"] = "forward"
     """`forward`: the rise of each sample's loss, measured at the perturbed weights."""
