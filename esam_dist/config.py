@@ -228,6 +228,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every value as `section.key`."""
+    sections = config.model_dump(mode="json")
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
 def keys() -> dict[str, tuple[str, str]]:
     """Every key as `section.key`, with its default and its one-paragraph description."""
     table = {}

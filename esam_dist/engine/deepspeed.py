@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class DeepSpeedEngine:
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, ds_config: dict[str, Any]
     ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Said beforehand, it is not guessed with a warning.
+        os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         import deepspeed
 
         # Finds the process group that is already there, and makes one for a process alone.
@@ -43,6 +46,7 @@ class DeepSpeedEngine:
         self._ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         self._stage = int(ds_config["zero_optimization"]["stage"])
         self._optimizer = optimizer
+        self._device = ranks.device
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `Engine`."""
@@ -70,7 +74,7 @@ class DeepSpeedEngine:
         self._ds.step()
         if ends_update and self._stage > 0:
             grad_norm = self._ds.get_global_grad_norm()
-        return torch.as_tensor(grad_norm, dtype=torch.float32)
+        return torch.as_tensor(grad_norm, dtype=torch.float32, device=self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`. The shards of ZeRO are joined parameter by parameter."""

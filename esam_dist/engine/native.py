@@ -32,6 +32,7 @@ class NativeEngine:
         self._clip_grad_norm = clip_grad_norm
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
         self._ended = 0
+        self._no_norm = torch.tensor(torch.nan, device=ranks.device)
         self._ddp: DistributedDataParallel | None = None
         if ranks.world_size > 1:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
@@ -61,7 +62,7 @@ class NativeEngine:
         """See `Engine`."""
         self._ended += 1
         if self._ended < self._accumulate:
-            return torch.tensor(torch.nan)
+            return self._no_norm
         self._ended = 0
         for group in self._optimizer.param_groups:
             group["lr"] = lr

@@ -1,0 +1,190 @@
+"""The commands. Each parses, builds every part, runs and closes: the only file that knows all others."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from esam_dist import __version__, config
+from esam_dist.checkpoint import Checkpoints, State, read
+from esam_dist.data import TrainData, open_train, open_validation, prepare
+from esam_dist.engine import build_engine
+from esam_dist.errors import UserError
+from esam_dist.evaluate import evaluate
+from esam_dist.metrics import Metrics, rewind
+from esam_dist.models import Classifier, build_model
+from esam_dist.ranks import Ranks, joined
+from esam_dist.run_folder import open_run_folder
+from esam_dist.train import TrainState, final_step, train
+
+USER_ERROR = 2
+STOPPED = 128 + signal.SIGTERM
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 an error of the user's, 143 stopped by a signal after a checkpoint."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    args = _parser().parse_args(argv)
+    try:
+        status = args.run(args)
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:
+            # Most errors are alike on all ranks: let rank 0 say it once, before its launcher ends us all.
+            time.sleep(2.0)
+        print(f"esam-dist: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        status = USER_ERROR
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="esam-dist", description="Sharpness-aware training of image classifiers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    for name, run, text in (
+        ("train", _train, "Train as CONFIG says: alone, or as one rank under torchrun or deepspeed."),
+        ("config", _config, "Print the resolved configuration."),
+    ):
+        added = command(name, run, text)
+        added.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+        added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file")
+    added.add_argument("--check", action="store_true", help="only validate")
+    added = command("evaluate", _evaluate, "Score a checkpoint of a run on its validation data.")
+    added.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+    added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to its configuration")
+    added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
+    prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
+    return parser
+
+
+def _config(args: argparse.Namespace) -> int:
+    cfg = config.load(args.config, args.overrides)
+    print("valid" if args.check else config.dump(cfg), end="\n" if args.check else "")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    cfg = config.load(args.config, args.overrides)
+    ranks = Ranks.from_environment()
+    stop_requested = _catch_signals()
+    # All that the user can get wrong is found here, before the ranks meet.
+    data = open_train(
+        cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
+    )
+    validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
+    module = _build_module(cfg, data.num_classes)
+    folder = open_run_folder(cfg, ranks)
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
+    saved = _find_state(cfg, checkpoints) if ranks.is_first else None
+    with _open_metrics(cfg, ranks, folder, saved, data) as metrics, joined() as ranks:
+        engine = build_engine(module, cfg, ranks)
+        saved = ranks.share(saved)
+        state = TrainState()
+        if saved is not None:
+            engine.load_state_dict(saved["engine"])
+            state = TrainState(**saved["train"])
+            state.restarts += 1
+            metrics.restarted(state.restarts)
+        finished = train(
+            engine, data, validation, cfg, ranks, metrics, checkpoints, state, stop_requested=stop_requested
+        )
+        data.close()
+    return 0 if finished else STOPPED
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    cfg = config.load(args.run_folder / "config.yaml", args.overrides)
+    checkpoints = Checkpoints(args.run_folder / "checkpoints", cfg.checkpoint.keep)
+    found = checkpoints.all()
+    if not found and args.checkpoint in ("best", "newest"):
+        raise UserError(f"{args.run_folder}: has no checkpoint; train it first")
+    path = {"best": checkpoints.best, "newest": lambda: found[-1]}.get(args.checkpoint, lambda: Path(args.checkpoint))()
+    if path is None:
+        raise UserError(f"{args.run_folder}: no checkpoint was validated; use --checkpoint newest")
+    ranks = Ranks.from_environment()
+    validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
+    module = _build_module(cfg, validation.num_classes).to(ranks.device)
+    module.load_state_dict(read(path)["engine"]["model"])
+    with joined() as ranks:
+        score = evaluate(module, validation, ranks)
+    if ranks.is_first:
+        print(
+            f"{path}: accuracy {score.accuracy:.4f}, top-5 {score.top5_accuracy:.4f}, loss {score.loss:.4f} "
+            f"over {score.num_samples} samples"
+        )
+    return 0
+
+
+def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
+    num_classes = cfg.model.num_classes or data_classes
+    if num_classes < data_classes:
+        raise UserError(
+            f"model.num_classes = {num_classes} is fewer than the {data_classes} classes of {cfg.data.path}; "
+            "leave it empty or raise it"
+        )
+    torch.manual_seed(cfg.run.seed)
+    device = Ranks.from_environment().device
+    return Classifier(build_model(cfg.model.name, num_classes), cfg.train.precision).to(device)
+
+
+def _find_state(cfg: config.Config, checkpoints: Checkpoints) -> State | None:
+    if cfg.run.resume == "never":
+        return None
+    if cfg.run.resume != "auto":
+        return read(Path(cfg.run.resume))
+    found = checkpoints.newest()
+    if found is None:
+        return None
+    logging.getLogger(__name__).info("continuing from %s", found[0])
+    return found[1]
+
+
+def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, saved: State | None, data: TrainData) -> Metrics:
+    state = TrainState(**saved["train"]) if saved else TrainState()
+    if ranks.is_first:
+        rewind(folder, state.step)
+    samples_per_step = cfg.data.batch_size * ranks.world_size * cfg.train.accumulate
+    return Metrics(
+        folder,
+        cfg.metrics,
+        rank=ranks.rank,
+        local_rank=ranks.local_rank,
+        world_size=ranks.world_size,
+        total_steps=final_step(cfg, state, data.num_samples, samples_per_step),
+        run_info={
+            "version": __version__,
+            "model": cfg.model.name,
+            "method": cfg.method.name,
+            "engine": cfg.engine.name,
+            "precision": cfg.train.precision,
+        },
+    )
+
+
+def _catch_signals() -> Callable[[], bool]:
+    """SIGTERM and the first Ctrl-C ask for an orderly stop; a second Ctrl-C ends the process."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return lambda: bool(received)

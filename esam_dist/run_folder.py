@@ -1,0 +1,103 @@
+"""The folder of one run: its configuration, its environment, and the guard against mixing two runs.
+
+config.yaml        the resolved configuration
+environment.json   versions, device, ranks, git revision, command: of the latest start
+metrics.jsonl      one row per log interval and validation
+checkpoints/       see `checkpoint`
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from esam_dist import config
+from esam_dist.errors import UserError
+from esam_dist.ranks import Ranks
+
+# What may change when a run is continued: where it runs, how far, and how it is watched; not what it computes.
+MAY_CHANGE = (
+    "run.folder run.resume data.path data.workers data.batch_size train.accumulate train.epochs train.max_steps "
+    "train.log_every train.validate_every engine.* checkpoint.* metrics.*"
+).split()
+
+
+def open_run_folder(cfg: config.Config, ranks: Ranks) -> Path:
+    """The run's folder, made and described where this is rank 0.
+
+    Raises UserError when it holds a run of another configuration, or cannot be written.
+    """
+    folder = cfg.run.folder
+    if not ranks.is_first:
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = folder / "config.yaml"
+        if saved.exists() and (folder / "checkpoints").exists():
+            _refuse_another(cfg, folder)
+        saved.write_text(config.dump(cfg))
+        (folder / "environment.json").write_text(json.dumps(environment(ranks), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"run.folder = {folder}: cannot be written ({error.strerror}); choose another") from error
+    return folder
+
+
+def environment(ranks: Ranks) -> dict[str, Any]:
+    """What this run runs on: enough to say later why two runs differ."""
+    names = ("esam-dist", "torch", "torchvision", "deepspeed", "webdataset", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda if ranks.device.type == "cuda" else None,
+        "world_size": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "git": _git_revision(),
+        "command": sys.argv,
+    }
+
+
+def _refuse_another(cfg: config.Config, folder: Path) -> None:
+    if cfg.run.resume == "never":
+        raise UserError(
+            f"run.resume = never, but run.folder = {folder} already holds checkpoints; "
+            "choose another run.folder, or run.resume = auto to continue"
+        )
+    before = config.flat(config.parse(yaml.safe_load((folder / "config.yaml").read_text()), str(folder / "config.yaml")))
+    for key, value in config.flat(cfg).items():
+        may_change = key in MAY_CHANGE or f"{key.partition('.')[0]}.*" in MAY_CHANGE
+        if value != before[key] and not may_change:
+            raise UserError(
+                f"run.folder = {folder} holds a run with {key} = {before[key]}, not {value}; "
+                "choose another run.folder, or the same configuration to continue it"
+            )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the source tree that this package runs from; None for an installed package."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
