@@ -1,0 +1,53 @@
+"""How long each phase of a step takes, without waiting for the device in the step."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+import torch
+
+
+class PhaseClock:
+    """Stamps the end of each phase; `drain` turns the stamps into seconds.
+
+    On a GPU the stamps are CUDA events, read only in `drain`, so that timing never stalls the queue of kernels.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._stamps: list[tuple[str, torch.cuda.Event | float]] = []
+
+    def start(self) -> None:
+        """Begin a new interval: the time until the next `end` counts, the time before does not."""
+        self._stamps.append(("", self._now()))
+
+    def end(self, phase: str) -> None:
+        """The time since the last stamp was spent in `phase` (data, ascent, score, select, descent, update, ...)."""
+        self._stamps.append((phase, self._now()))
+
+    def drain(self) -> dict[str, list[float]]:
+        """Seconds of every stamped phase since the last drain, by name and in order. Waits for the device."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        seconds = defaultdict(list)
+        for (_, before), (phase, after) in zip(self._stamps, self._stamps[1:], strict=False):
+            if phase:
+                seconds[phase].append(self._between(before, after))
+        self._stamps = self._stamps[-1:]
+        return dict(seconds)
+
+    def _now(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @staticmethod
+    def _between(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
+        if isinstance(before, float) and isinstance(after, float):
+            return after - before
+        assert isinstance(before, torch.cuda.Event)
+        assert isinstance(after, torch.cuda.Event)
+        return before.elapsed_time(after) / 1000.0

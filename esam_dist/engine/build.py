@@ -1,0 +1,50 @@
+"""From configuration to optimizer and engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from esam_dist import config
+from esam_dist.engine.base import Engine
+from esam_dist.engine.native import NativeEngine
+from esam_dist.ranks import Ranks
+
+
+def build_engine(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
+    """The engine that `engine.name` asks for, with the optimizer that `optim` describes."""
+    optimizer = build_optimizer(module, cfg.optim)
+    if cfg.engine.name == "deepspeed":
+        from esam_dist.engine.deepspeed import DeepSpeedEngine, deepspeed_config
+
+        ds_config = deepspeed_config(
+            batch_size=cfg.data.batch_size,
+            accumulate=cfg.train.accumulate,
+            zero_stage=cfg.engine.zero_stage,
+            clip_grad_norm=cfg.optim.clip_grad_norm,
+        )
+        return DeepSpeedEngine(module, optimizer, ranks, ds_config)
+    return NativeEngine(
+        module,
+        optimizer,
+        ranks,
+        accumulate=cfg.train.accumulate,
+        clip_grad_norm=cfg.optim.clip_grad_norm,
+        fp16=cfg.train.precision == "fp16",
+    )
+
+
+def build_optimizer(module: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trainable parameters, with or without decay of normalisation parameters and biases."""
+    trainable = [param for param in module.parameters() if param.requires_grad]
+    # Biases and the affine parameters of every normalisation are the tensors with fewer than two dimensions.
+    decayed = [param for param in trainable if param.ndim > 1 or cfg.decay_norm_and_bias]
+    undecayed = [param for param in trainable if not (param.ndim > 1 or cfg.decay_norm_and_bias)]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((decayed, cfg.weight_decay), (undecayed, 0.0))
+        if params
+    ]
+    if cfg.name == "adamw":
+        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.momentum, cfg.beta2))
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov)

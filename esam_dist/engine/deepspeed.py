@@ -1,0 +1,121 @@
+"""The engine of DeepSpeed: ZeRO stages 0, 1 and 2. Its JSON is built here, from our configuration."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esam_dist.engine.state import load_by_name, model_state, state_by_name
+from esam_dist.ranks import Ranks
+
+
+def deepspeed_config(*, batch_size: int, accumulate: int, zero_stage: int, clip_grad_norm: float) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given. `batch_size` is per rank and micro-batch."""
+    return {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip_grad_norm,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        # Progress is ours to report.
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+class DeepSpeedEngine:
+    """See `engine.base.Engine`."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, ds_config: dict[str, Any]
+    ) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        import deepspeed
+
+        # Finds the process group that is already there, and makes one for a process alone.
+        deepspeed.init_distributed(
+            dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False, auto_mpi_discovery=False
+        )
+        self.module = module
+        self._ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+        self._stage = int(ds_config["zero_optimization"]["stage"])
+        self._optimizer = optimizer
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """See `Engine`."""
+        return self._ds(images)  # type: ignore[no-any-return]
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """See `Engine`."""
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`."""
+        self._ds.backward(loss)
+
+    def step(self, lr: float) -> Tensor:
+        """See `Engine`."""
+        for group in self._ds.optimizer.param_groups:
+            group["lr"] = lr
+        ends_update = self._ds.is_gradient_accumulation_boundary()
+        grad_norm: Any = torch.nan
+        if ends_update and self._stage == 0:
+            # Without ZeRO, DeepSpeed tells no norm; the averaged gradients are whole here until the step.
+            grad_norm = torch.nn.utils.get_total_norm(
+                [param.grad for param in self.module.parameters() if param.grad is not None]
+            )
+        self._ds.step()
+        if ends_update and self._stage > 0:
+            grad_norm = self._ds.get_global_grad_norm()
+        return torch.as_tensor(grad_norm, dtype=torch.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Engine`. The shards of ZeRO are joined parameter by parameter."""
+        if self._stage == 0:
+            return state_by_name(self.module, self._optimizer)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        sharded = {key for state in self._shards() for key, value in state.items() if value is not None}
+        optimizer: dict[str, dict[str, Tensor]] = {}
+        for name, param in self.module.named_parameters():
+            if param.requires_grad and sharded:
+                optimizer[name] = {
+                    key: safe_get_full_optimizer_state(param, key).cpu() for key in sorted(sharded - {"step"})
+                }
+                if "step" in sharded:
+                    optimizer[name]["step"] = self._shards()[0]["step"].cpu().clone()
+        return {"model": model_state(self.module), "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Engine`."""
+        if self._stage == 0:
+            load_by_name(self.module, self._optimizer, state)
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self.module.load_state_dict(state["model"])
+        self._make_shards(state["optimizer"])
+        for name, param in self.module.named_parameters():
+            if param.requires_grad:
+                safe_set_full_fp32_param(param, state["model"][name].to(param.device))
+                for key, value in state["optimizer"].get(name, {}).items():
+                    if key != "step":
+                        safe_set_full_optimizer_state(param, value.to(param.device), key)
+
+    def _make_shards(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """Give each flat shard the state that the optimizer would otherwise only make in its first step."""
+        zero = self._ds.optimizer
+        example = next(iter(saved.values()), {})
+        for shard in zero.single_partition_of_fp32_groups:
+            zero.optimizer.state[shard] = {
+                key: value.clone() if key == "step" else torch.zeros_like(shard) for key, value in example.items()
+            }
+        if example:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _shards(self) -> list[dict[str, Any]]:
+        """The optimizer's state of each flat shard that this rank owns."""
+        return list(self._ds.optimizer.optimizer.state.values())

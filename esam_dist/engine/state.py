@@ -1,0 +1,41 @@
+"""Weights and optimizer state by parameter name: the form in which every engine saves and loads.
+
+`{"model": {name: tensor}, "optimizer": {name: {key: tensor}}}`, all on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def model_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters and buffers on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer that holds the module's own parameters."""
+    saved = {}
+    for name, param in module.named_parameters():
+        if param in optimizer.state:
+            saved[name] = {
+                key: torch.as_tensor(value).detach().cpu().clone()
+                for key, value in optimizer.state[param].items()
+                if value is not None
+            }
+    return {"model": model_state(module), "optimizer": saved}
+
+
+def load_by_name(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The reverse of `state_by_name`, in place: parameters keep their storage."""
+    module.load_state_dict(state["model"])
+    for name, param in module.named_parameters():
+        if name in state["optimizer"]:
+            # AdamW's step count lives on the CPU; what has the parameter's shape lives beside the parameter.
+            optimizer.state[param] = {
+                key: value.to(param.device, copy=True) if value.shape == param.shape else value.clone()
+                for key, value in state["optimizer"][name].items()
+            }

@@ -1,0 +1,39 @@
+"""A network by its name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+import torchvision
+from torch import nn
+
+from esam_dist.errors import UserError
+from esam_dist.models.cifar_resnet import cifar_resnet8, cifar_resnet18, cifar_resnet20
+
+OURS: dict[str, Callable[[int], nn.Module]] = {
+    "cifar_resnet8": cifar_resnet8,
+    "cifar_resnet18": cifar_resnet18,
+    "cifar_resnet20": cifar_resnet20,
+}
+
+
+def model_names() -> list[str]:
+    """Every name that `build_model` knows, ours first."""
+    return [*OURS, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """The network `name` with `num_classes` outputs, freshly initialised from torch's generator.
+
+    Raises UserError, naming the nearest names, when there is none.
+    """
+    if name in OURS:
+        return OURS[name](num_classes)
+    if name not in model_names():
+        near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or ["resnet50"]
+        raise UserError(f"model.name = {name!r} is unknown; did you mean {', '.join(near)}?")
+    # Networks with auxiliary heads or outputs (googlenet, inception_v3) return something other than logits then.
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    return model

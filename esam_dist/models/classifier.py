@@ -1,0 +1,28 @@
+"""The network as it is trained and evaluated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Classifier(nn.Module):
+    """A network whose forward passes run under autocast: images [B, 3, H, W] to logits [B, K] in float32.
+
+    Weights stay in float32 whatever `precision`: in bfloat16 most of them could not hold a perturbation of size rho.
+    """
+
+    def __init__(self, network: nn.Module, precision: str = "fp32") -> None:
+        super().__init__()
+        self.network = network
+        self._autocast_type = AUTOCAST_TYPES[precision]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K], float32."""
+        if self._autocast_type is None:
+            return self.network(images)  # type: ignore[no-any-return]
+        with torch.autocast(images.device.type, self._autocast_type):
+            logits: Tensor = self.network(images)
+        return logits.float()

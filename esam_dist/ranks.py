@@ -1,0 +1,89 @@
+"""Who this process is in the job, and every collective that is ours.
+
+The gradient's all-reduce belongs to DDP or DeepSpeed; what stands here is small: scores, statistics, BatchNorm buffers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `world_size`, the `local_rank`-th on its node, computing on `device`."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @staticmethod
+    def from_environment() -> Ranks:
+        """Read what torchrun or deepspeed set (RANK, LOCAL_RANK, WORLD_SIZE); without them, one process alone."""
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return Ranks(int(os.environ.get("RANK", "0")), local_rank, int(os.environ.get("WORLD_SIZE", "1")), device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's `tensor`, in the order of ranks: [W, *tensor.shape]."""
+        if self.world_size == 1:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty((self.world_size, *tensor.shape))
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over ranks, and return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            self.sum_(torch.zeros(1, device=self.device)).item()
+
+    def average_buffers(self, module: nn.Module) -> None:
+        """Replace every floating-point buffer (BatchNorm statistics) by its mean over ranks, in one all-reduce.
+
+        Each rank's running statistics come from its own batches. Done after every update, this keeps replicas
+        identical to the bit, so that validation and checkpoints do not depend on which rank is asked.
+        """
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        if self.world_size == 1 or not buffers:
+            return
+        flat = self.sum_(torch.cat([buffer.flatten() for buffer in buffers])).div_(self.world_size)
+        parts = flat.split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+
+
+@contextmanager
+def joined(timeout_seconds: float = 1800.0) -> Iterator[Ranks]:
+    """Join the job that the environment describes, for the length of the block, and leave it in order.
+
+    On an error the process group is not torn down: its peers may be waiting in a collective, and the launcher ends
+    them sooner than an orderly farewell would.
+    """
+    ranks = Ranks.from_environment()
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    if ranks.world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    yield ranks
+    if dist.is_initialized():
+        ranks.barrier()
+        dist.destroy_process_group()
