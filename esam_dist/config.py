@@ -28,6 +28,7 @@ def _scientific(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1)]
 Real = Annotated[float, BeforeValidator(_scientific), Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0.0)]
 NonNegative = Annotated[Real, Field(ge=0.0)]
 BelowOne = Annotated[Real, Field(ge=0.0, lt=1.0)]
 Folder = Annotated[Path, Field(strict=False)]
@@ -74,8 +75,18 @@ class Data(Section):
     """Height and width of the images that the network sees, in pixels."""
     augment: Literal["none", "shift", "imagenet"] = "shift"
     """`shift`: random crop after a zero border of 1/8; `imagenet`: random resized crop and flip."""
+    flip: bool = False
+    """Mirror half of the training images; `augment: imagenet` always does."""
+    crop_ratio: Annotated[Real, Field(gt=0.0, le=1.0)] = 1.0
+    """Validation sees this share of the shorter side, centred: 0.875 is resize 256, crop 224."""
+    mean: Annotated[list[Real], Field(min_length=3, max_length=3)] = [0.485, 0.456, 0.406]
+    """Subtracted from red, green and blue, in units of the full range."""
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
+    """Red, green and blue are divided by it, in units of the full range."""
     shuffle_window: Count = 16
     """Samples are shuffled within this many shards, themselves in shuffled order."""
+    max_skipped: Annotated[Real, Field(ge=0.0, le=1.0)] = 0.01
+    """Largest share of the samples that may be unreadable; a run that meets more stops."""
 
 
 class Train(Section):

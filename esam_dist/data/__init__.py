@@ -1,0 +1,5 @@
+"""Data: shards on disk become batches on the device, in an order that survives kills and changes of world size."""
+
+from esam_dist.data.loader import Batch, TrainData, ValidationData, open_train, open_validation
+
+__all__ = ["Batch", "TrainData", "ValidationData", "open_train", "open_validation"]

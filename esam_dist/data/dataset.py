@@ -1,0 +1,144 @@
+"""A prepared dataset on disk: `dataset.json` at the root, and one folder of shards per split."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esam_dist.data.shards import BLOCK, Entries, member_name, read_index
+from esam_dist.errors import UserError
+
+DESCRIPTION = "dataset.json"
+FORMAT = 1
+_OPEN_FILES = 64
+
+
+class SampleError(Exception):
+    """A sample that cannot be used: `reason` is a short word for the counters, the message is for the log."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def read_description(root: Path) -> dict[str, Any]:
+    """The contents of `root/dataset.json`. Raises UserError when there is none, or another program wrote it."""
+    path = root / DESCRIPTION
+    if not root.is_dir():
+        raise UserError(f"data.path = {root}: no such folder; write it with `esam-dist prepare SOURCE {root}`")
+    try:
+        description = json.loads(path.read_bytes())
+    except OSError:
+        raise UserError(
+            f"data.path = {root}: has no {DESCRIPTION}; write it with `esam-dist prepare SOURCE {root}`"
+        ) from None
+    except ValueError:
+        raise UserError(f"data.path = {root}: {path} is damaged; prepare the data again") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise UserError(f"data.path = {root}: {path} has not format {FORMAT}; prepare the data again")
+    return description
+
+
+@dataclass
+class Split:
+    """The samples of one split, numbered through its shards; `read` fetches one by a single `pread`.
+
+    Shards stay open (the most recent few), so a shard that is renamed away under a running job goes on being read;
+    one that is overwritten fails its checksums.
+    """
+
+    name: str
+    class_names: list[str]
+    shards: list[Path]
+    counts: list[int]
+    entries: Entries
+
+    def __post_init__(self) -> None:
+        self._starts = np.cumsum([0, *self.counts])
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all shards."""
+        return len(self.entries)
+
+    def label(self, sample: int) -> int:
+        """The label of a sample."""
+        return int(self.entries["label"][sample])
+
+    def read(self, sample: int) -> bytes:
+        """The image file of a sample, checked against the index. Raises SampleError."""
+        entry = self.entries[sample]
+        try:
+            image = os.pread(self._file(sample), int(entry["length"]), int(entry["offset"]))
+        except OSError as error:
+            raise SampleError("unreadable", str(error.strerror)) from None
+        if not image:
+            raise SampleError("empty")
+        if zlib.crc32(image) != entry["crc32"]:
+            raise SampleError("checksum", "its bytes are not those that were indexed")
+        return image
+
+    def describe(self, sample: int) -> str:
+        """Shard and member name of a sample, for the log."""
+        shard = self.shards[self._shard(sample)]
+        try:
+            name = member_name(os.pread(self._file(sample), BLOCK, int(self.entries["offset"][sample]) - BLOCK))
+        except OSError:
+            name = f"sample {sample}"
+        return f"{shard}:{name}"
+
+    def close(self) -> None:
+        """Close the shards that are open in this process."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _shard(self, sample: int) -> int:
+        return int(np.searchsorted(self._starts, sample, side="right")) - 1
+
+    def _file(self, sample: int) -> int:
+        shard = self._shard(sample)
+        if shard not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes open their own files.
+        return {**self.__dict__, "_files": OrderedDict()}
+
+
+def open_split(root: Path, name: str) -> Split:
+    """Open the split `name` of the dataset at `root`, checking every shard against its index. Raises UserError."""
+    description = read_description(root)
+    class_names = [str(entry) for entry in description["classes"]]
+    listed = description["splits"].get(name, {}).get("shards", [])
+    if not listed:
+        raise UserError(f"data.path = {root}: {DESCRIPTION} lists no shards for the split {name!r}; prepare it again")
+    shards = [root / name / str(shard["file"]) for shard in listed]
+    infos, entries = zip(*(read_index(shard) for shard in shards), strict=True)
+    for shard, info, entry in zip(shards, infos, listed, strict=True):
+        if info.sha256 != entry["sha256"]:
+            raise UserError(f"data.path: {shard} is not the shard that {DESCRIPTION} lists; prepare the data again")
+    joined = np.concatenate(entries)
+    _check_labels(shards, entries, len(class_names))
+    return Split(name, class_names, shards, [info.samples for info in infos], joined)
+
+
+def _check_labels(shards: list[Path], entries: tuple[Entries, ...], num_classes: int) -> None:
+    for shard, rows in zip(shards, entries, strict=True):
+        wrong = rows["label"][(rows["label"] < 0) | (rows["label"] >= num_classes)]
+        if len(wrong):
+            raise UserError(
+                f"data.path: {shard} holds the label {wrong[0]}, outside 0 to {num_classes - 1}; prepare the data again"
+            )

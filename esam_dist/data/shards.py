@@ -1,0 +1,139 @@
+"""Shards: plain webdataset tars with a sidecar index, so that a sample is one `pread`.
+
+`shard-000000.tar` holds `NNNNNN.jpg` (or `.png`) and `NNNNNN.cls` for every sample. `shard-000000.index` holds one line
+of JSON (size, checksum and number of samples of the tar), then one `ENTRY` per sample. A shard is finished when its
+index exists: the index is renamed into place last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esam_dist.errors import UserError
+
+BLOCK = 512
+ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
+"""Where the image's bytes lie in the tar, their checksum, and the sample's label."""
+
+Entries = NDArray[Any]
+
+
+class Sample(NamedTuple):
+    """One labelled image file."""
+
+    image: bytes
+    suffix: str
+    label: int
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the index says of its shard as a whole."""
+
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def index_path(shard: Path) -> Path:
+    """The sidecar of `shard`."""
+    return shard.with_suffix(".index")
+
+
+def write_shard(path: Path, samples: Iterable[Sample], first_key: int) -> ShardInfo:
+    """Write `samples` as a tar and its index, keys counting from `first_key`: same samples, same bytes."""
+    partial = path.with_suffix(".tar.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = []
+    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, sample in enumerate(samples, first_key):
+            offset = _add(tar, f"{key:06d}.{sample.suffix}", sample.image)
+            _add(tar, f"{key:06d}.cls", str(sample.label).encode())
+            entries.append((offset, len(sample.image), sample.label, zlib.crc32(sample.image)))
+    info = ShardInfo(len(entries), partial.stat().st_size, sha256(partial))
+    _sync(partial)
+    partial.replace(path)
+    write_index(path, info, np.array(entries, ENTRY))
+    return info
+
+
+def write_index(shard: Path, info: ShardInfo, entries: Entries) -> None:
+    """Write the sidecar of `shard`, beside and renamed."""
+    partial = index_path(shard).with_suffix(".index.part")
+    partial.write_bytes(json.dumps(asdict(info)).encode() + b"\n" + entries.tobytes())
+    _sync(partial)
+    partial.replace(index_path(shard))
+
+
+def read_index(shard: Path) -> tuple[ShardInfo, Entries]:
+    """The index of `shard`. Raises UserError when it is missing or damaged, or does not match the shard."""
+    path = index_path(shard)
+    try:
+        line, _, body = path.read_bytes().partition(b"\n")
+        size = shard.stat().st_size
+    except OSError as error:
+        missing = path if error.filename == str(path) else shard
+        raise UserError(f"data.path: {missing} cannot be read ({error.strerror}); prepare the data again") from None
+    try:
+        info = ShardInfo(**json.loads(line))
+        entries = np.frombuffer(body, ENTRY)
+    except (ValueError, TypeError):
+        raise UserError(f"data.path: {path} is damaged; delete it and prepare the data again") from None
+    if info.samples == 0 or len(entries) != info.samples:
+        raise UserError(f"data.path: {path} lists {len(entries)} samples of {info.samples}; prepare the data again")
+    if size != info.bytes or not _headers_match(shard, entries[[0, -1]]):
+        raise UserError(f"data.path: {path} does not match {shard.name} ({size} bytes); prepare the data again")
+    return info, entries
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def member_name(header: bytes) -> str:
+    """The name in a tar header block, safe to print whatever the bytes are."""
+    return header[:100].split(b"\0", 1)[0].decode("ascii", "backslashreplace")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    # TarInfo's defaults (mtime 0, uid 0, mode 644) keep the bytes the same on every machine.
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    offset = tar.offset + BLOCK
+    tar.addfile(info, io.BytesIO(data))
+    return offset
+
+
+def _headers_match(shard: Path, entries: Entries) -> bool:
+    """Whether a tar header of the right size stands before each of `entries`."""
+    with shard.open("rb") as file:
+        for entry in entries:
+            header = os.pread(file.fileno(), BLOCK, int(entry["offset"]) - BLOCK)
+            try:
+                if tarfile.TarInfo.frombuf(header, "ascii", "replace").size != entry["length"]:
+                    return False
+            except tarfile.HeaderError:
+                return False
+    return True
