@@ -50,6 +50,7 @@ COUNTERS = {
     "esam_skipped_perturbations_total": "Updates without perturbation, because the ascent gradient was not finite.",
     "esam_restarts_total": "Starts of this run after the first.",
 }
+OPTIONAL = {"esam_sharpness", "esam_selection_threshold"}
 SKIPPED = ("esam_skipped_samples_total", "Training samples that this rank could not read, by reason.")
 PHASE = ("esam_phase_seconds", "Seconds of this rank in one phase of an update, a checkpoint or a validation.")
 INFO = ("esam_run_info", "What runs: always 1, the facts are labels.")
@@ -83,8 +84,8 @@ class Exposition(Collector):
         registry.register(self)
 
     def set(self, name: str, value: float | None) -> None:
-        """Set the gauge `name`; None takes it away."""
-        if value is None:
+        """Set the gauge `name`; None takes it away, and so does nan where it says "not measured"."""
+        if value is None or (name in OPTIONAL and math.isnan(value)):
             self._values.pop(name, None)
         else:
             self._values[name] = value

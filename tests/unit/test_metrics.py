@@ -87,8 +87,11 @@ def test_values_that_do_not_exist_yet_are_absent_and_not_zero(metrics):
     assert value("esam_checkpoint_last_success_timestamp_seconds") is None
     assert value("esam_samples_total") == 0
     assert all(value("esam_phase_seconds_count", {"rank": "0", "phase": phase}) == 0 for phase in PHASES)
-    metrics.train(replace(ROW, sharpness=None, selection_threshold=None))
+    metrics.train(ROW)
+    assert value("esam_selection_threshold") == 0.2
+    metrics.train(replace(ROW, sharpness=None, selection_threshold=math.nan))
     assert value("esam_sharpness") is None
+    assert value("esam_selection_threshold") is None
     assert value("esam_train_loss") == 1.25
 
 
