@@ -188,6 +188,10 @@ class Metrics(Section):
     """Also write TensorBoard events (extra `tensorboard`)."""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """Progress on rank 0: a bar on a terminal, log lines elsewhere."""
+    stall_seconds: NonNegative = 600.0
+    """`/healthz` turns unhealthy when nothing moved for this long; longer than a checkpoint; 0: never."""
+    gateway: str | None = None
+    """Pushgateway (`http://host:9091`) that takes the final values of a job too short to be scraped."""
 
 
 class Config(Section):

@@ -1,0 +1,90 @@
+"""Progress on rank 0: a bar where somebody looks, log lines where nobody does."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from esam_dist.metrics.rows import TrainRow, ValidationRow
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+log = logging.getLogger("esam_dist")
+
+
+def wants_bar(progress: str) -> bool:
+    """Whether `metrics.progress` and the terminal ask for a bar."""
+    return progress == "bar" or (progress == "auto" and sys.stderr.isatty())
+
+
+class Lines:
+    """One log line per row."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+
+    def progress(self, step: int) -> None:
+        """Nothing: the rows say enough."""
+
+    def train(self, row: TrainRow) -> None:
+        """Log one interval."""
+        log.info("step %d/%d  %s", row.step, self._total, "  ".join(_train_words(row)))
+
+    def validation(self, row: ValidationRow) -> None:
+        """Log one validation."""
+        log.info("step %d/%d  %s", row.step, self._total, _validation_words(row))
+
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Log one checkpoint."""
+        log.info("step %d/%d  checkpoint saved in %.1f s", step, self._total, seconds)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Bar:
+    """A tqdm bar with the newest values behind it; validations stay on the screen."""
+
+    def __init__(self, total_steps: int) -> None:
+        from tqdm import tqdm
+
+        self._bar: tqdm[NoReturn] = tqdm(total=total_steps, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._fresh = True
+
+    def progress(self, step: int) -> None:
+        """Move the bar to `step`; after a resume the speed counts from there."""
+        if self._fresh:
+            self._bar.initial = self._bar.n = self._bar.last_print_n = step - 1
+            self._fresh = False
+        self._bar.update(step - self._bar.n)
+
+    def train(self, row: TrainRow) -> None:
+        """Show one interval."""
+        self._bar.set_postfix_str("  ".join(_train_words(row)), refresh=False)
+
+    def validation(self, row: ValidationRow) -> None:
+        """Leave one line above the bar."""
+        self._bar.write(f"step {row.step}  {_validation_words(row)}", file=sys.stderr)
+
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Nothing: the bar has no room for it."""
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+def _train_words(row: TrainRow) -> list[str]:
+    words = [f"epoch {row.epoch:.2f}", f"loss {row.loss:.4f}", f"lr {row.lr:.3g}", f"kept {row.kept_fraction:.0%}"]
+    if row.sharpness is not None:
+        words.append(f"sharpness {row.sharpness:.4f}")
+    return [*words, f"{row.images_per_second:.0f} img/s"]
+
+
+def _validation_words(row: ValidationRow) -> str:
+    return (
+        f"epoch {row.epoch:.2f}  validation accuracy {row.accuracy:.4f}  top-5 {row.top5_accuracy:.4f}  "
+        f"loss {row.loss:.4f}  in {row.seconds:.1f} s"
+    )

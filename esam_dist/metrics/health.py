@@ -1,0 +1,143 @@
+"""One small HTTP server per rank: `/metrics`, `/healthz`, `/readyz`.
+
+`/healthz` answers 503 when nothing has moved for `stall_seconds`: a collective that waits for a lost rank blocks the
+training thread, not this one. `/readyz` answers 200 from the first update on: the ranks have met and the data is there.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from esam_dist.errors import UserError
+
+StartResponse = Callable[..., Any]
+
+
+class Pulse:
+    """When this process last moved on, and whether that is too long ago."""
+
+    def __init__(self, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stall_seconds = stall_seconds
+        self._clock = clock
+        self._last = clock()
+        self.step = 0
+        self.ready = False
+
+    def beat(self) -> None:
+        """Something moved on."""
+        self._last = self._clock()
+
+    def stepped(self, step: int) -> None:
+        """An update is finished."""
+        self.step = step
+        self.ready = True
+        self.beat()
+
+    def report(self) -> dict[str, Any]:
+        """What the probes answer: `stalled`, `ready`, `step`, `idle_seconds`."""
+        idle = self._clock() - self._last
+        stalled = 0 < self._stall_seconds < idle
+        return {"stalled": stalled, "ready": self.ready, "step": self.step, "idle_seconds": round(idle, 3)}
+
+
+class Server:
+    """Serves `registry` and `pulse` at `bind`:`port` from a daemon thread, until closed.
+
+    Raises UserError when the address cannot be bound. Port 0 takes a free one; `port` tells which.
+    """
+
+    def __init__(self, registry: CollectorRegistry, pulse: Pulse, bind: str, port: int) -> None:
+        family, address = _resolve(bind, port)
+        try:
+            self._server = _Server(family, address)
+        except OSError as error:
+            key = "metrics.port" if error.errno != _ADDRESS_UNKNOWN else "metrics.bind"
+            value = port if key == "metrics.port" else bind
+            raise UserError(
+                f"{key} = {value}: cannot listen on {bind}:{port} ({error.strerror}); "
+                "choose a free port (each local rank adds its number), or metrics.port=0 for no endpoint"
+            ) from None
+        self._server.set_app(_app(registry, pulse))
+        self.port: int = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="metrics", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+_ADDRESS_UNKNOWN = 99  # EADDRNOTAVAIL: the machine has no such address
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10  # a client that says nothing must not hold a thread for ever
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Say nothing: a scrape every few seconds would bury the log."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, family: socket.AddressFamily, address: tuple[Any, ...]) -> None:
+        self.address_family = family
+        super().__init__(address[:2], _Handler)
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's reverse look-up, which can hang where DNS does."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a client that hangs up is no event of the training."""
+
+
+def _resolve(bind: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    if port > 65535:
+        raise UserError(f"metrics.port = {port} for this local rank is beyond 65535; choose a lower base port")
+    try:
+        found = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise UserError(f"metrics.bind = {bind} is no address; give an IP such as 127.0.0.1 or 0.0.0.0") from None
+    return found[0][0], found[0][4]
+
+
+def _app(registry: CollectorRegistry, pulse: Pulse) -> Callable[[dict[str, Any], StartResponse], Iterable[bytes]]:
+    metrics = make_wsgi_app(registry)
+
+    def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        path, report = environ.get("PATH_INFO"), pulse.report()
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return _answer(start_response, "405 Method Not Allowed", {"error": "only GET"})
+        if path == "/metrics":
+            pages: Iterable[bytes] = metrics(environ, start_response)
+            return pages
+        if path == "/healthz":
+            return _answer(start_response, _status(not report["stalled"]), report)
+        if path == "/readyz":
+            return _answer(start_response, _status(report["ready"] and not report["stalled"]), report)
+        return _answer(start_response, "404 Not Found", {"paths": ["/metrics", "/healthz", "/readyz"]})
+
+    return app
+
+
+def _status(good: bool) -> str:
+    return "200 OK" if good else "503 Service Unavailable"
+
+
+def _answer(start_response: StartResponse, status: str, values: dict[str, Any]) -> list[bytes]:
+    body = json.dumps(values).encode() + b"\n"
+    start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]

@@ -1,0 +1,167 @@
+"""The Prometheus side: names, help texts, and the values of one rank.
+
+A gauge that has no value yet is absent, not 0: an alert on a missing loss is honest, one on a loss of 0 is not.
+Counters start at 0 in every process, as Prometheus expects; only `esam_restarts_total` counts over processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from esam_dist.metrics.rows import TrainRow, ValidationRow
+
+GAUGES = {
+    "esam_step": "Updates finished since the beginning of the run.",
+    "esam_planned_steps": "Updates of the whole run.",
+    "esam_epoch": "Passes over the training data, with fraction.",
+    "esam_train_loss": "Mean training loss at the unperturbed weights over the last log interval.",
+    "esam_learning_rate": "Learning rate of the last update.",
+    "esam_gradient_norm": "Global L2 norm of the last averaged gradient, before clipping.",
+    "esam_sharpness": "Mean rise of the training loss at the perturbed weights.",
+    "esam_kept_fraction": "Share of the samples kept for the descent (SDS), 0 to 1.",
+    "esam_selection_threshold": "Lowest score among the samples kept (SDS).",
+    "esam_rho": "Radius of the perturbation.",
+    "esam_beta": "Share of the weights perturbed (SWP), 0 to 1.",
+    "esam_gamma": "Share of the samples to keep (SDS), 0 to 1.",
+    "esam_images_per_second": "Training images per second of all ranks together.",
+    "esam_step_seconds": "Mean seconds per update over the last log interval.",
+    "esam_world_size": "Ranks of the job.",
+    "esam_validation_accuracy": "Top-1 accuracy of the last validation, 0 to 1.",
+    "esam_validation_top5_accuracy": "Top-5 accuracy of the last validation, 0 to 1.",
+    "esam_validation_loss": "Loss of the last validation.",
+    "esam_validation_best_accuracy": "Highest top-1 accuracy that this process has seen, 0 to 1.",
+    "esam_validation_best_epoch": "Epoch of the highest top-1 accuracy.",
+    "esam_checkpoint_last_step": "Update of the last checkpoint.",
+    "esam_checkpoint_last_success_timestamp_seconds": "Unix time of the last checkpoint that was completed.",
+    "esam_start_timestamp_seconds": "Unix time at which this process began to report.",
+}
+RANK_GAUGES = {
+    "esam_last_step_timestamp_seconds": "Unix time at which this rank finished its last update.",
+    "esam_data_wait_seconds": "Mean seconds per update in which this rank had no batch.",
+}
+COUNTERS = {
+    "esam_samples_total": "Training samples seen by all ranks.",
+    "esam_kept_samples_total": "Training samples kept for the descent by all ranks (SDS).",
+    "esam_skipped_perturbations_total": "Updates without perturbation, because the ascent gradient was not finite.",
+    "esam_restarts_total": "Starts of this run after the first.",
+}
+OPTIONAL = {"esam_sharpness", "esam_selection_threshold"}
+SKIPPED = ("esam_skipped_samples_total", "Training samples that this rank could not read, by reason.")
+PHASE = ("esam_phase_seconds", "Seconds of this rank in one phase of an update, a checkpoint or a validation.")
+INFO = ("esam_run_info", "What runs: always 1, the facts are labels.")
+PHASES = ("data", "ascent", "score", "select", "descent", "update", "checkpoint", "validate")
+BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
+
+
+def names() -> dict[str, str]:
+    """Every exposed metric name with its help text: what dashboards, rules and documentation are checked against."""
+    return GAUGES | RANK_GAUGES | COUNTERS | dict([SKIPPED, PHASE, INFO])
+
+
+class Exposition(Collector):
+    """The values of one rank in `registry`."""
+
+    def __init__(self, registry: CollectorRegistry, *, rank: int, world_size: int, run_info: dict[str, str]) -> None:
+        self.registry = registry
+        self._rank = str(rank)
+        self._values: dict[str, float] = {"esam_world_size": world_size}
+        self._samples = 0
+        self._counters = {name: Counter(name, text, registry=registry) for name, text in COUNTERS.items()}
+        self._skipped = Counter(*SKIPPED, ["rank", "reason"], registry=registry)
+        self._phase = Histogram(*PHASE, ["rank", "phase"], buckets=BUCKETS, registry=registry)
+        for phase in PHASES:
+            self._phase.labels(self._rank, phase)
+        Info(INFO[0].removesuffix("_info"), INFO[1], registry=registry).info(run_info | {"rank": self._rank})
+        ProcessCollector(registry=registry)
+        registry.register(self)
+
+    def set(self, name: str, value: float | None) -> None:
+        """Set the gauge `name`; None takes it away, and so does nan where it says "not measured"."""
+        if value is None or (name in OPTIONAL and math.isnan(value)):
+            self._values.pop(name, None)
+        else:
+            self._values[name] = value
+
+    def get(self, name: str) -> float | None:
+        """The gauge's value, None where it has none."""
+        return self._values.get(name)
+
+    def count_from(self, samples: int) -> None:
+        """Leave the `samples` that earlier processes of this run saw out of `esam_samples_total`."""
+        self._samples = samples
+
+    def train(self, row: TrainRow) -> None:
+        """Take over one log interval."""
+        for name, value in _gauges(row).items():
+            self.set(name, value)
+        self._counters["esam_samples_total"].inc(max(0, row.samples - self._samples))
+        self._samples = row.samples
+        self._counters["esam_kept_samples_total"].inc(row.kept_samples)
+        self._counters["esam_skipped_perturbations_total"].inc(row.skipped_perturbations)
+        for reason, count in row.skipped_samples.items():
+            self._skipped.labels(self._rank, reason).inc(count)
+        for phase, seconds in row.phases.items():
+            for value in seconds:
+                self.observe(phase, value)
+
+    def validation(self, row: ValidationRow) -> None:
+        """Take over one validation."""
+        self.set("esam_validation_accuracy", row.accuracy)
+        self.set("esam_validation_top5_accuracy", row.top5_accuracy)
+        self.set("esam_validation_loss", row.loss)
+        if row.accuracy > (self.get("esam_validation_best_accuracy") or -math.inf):
+            self.set("esam_validation_best_accuracy", row.accuracy)
+            self.set("esam_validation_best_epoch", row.epoch)
+        self.observe("validate", row.seconds)
+
+    def observe(self, phase: str, seconds: float) -> None:
+        """Add one duration to the histogram of phases."""
+        self._phase.labels(self._rank, phase).observe(seconds)
+
+    def restarted(self, count: int) -> None:
+        """Set the number of restarts of the whole run, which only grows."""
+        counter = self._counters["esam_restarts_total"]
+        counter.inc(max(0, count - (self.registry.get_sample_value("esam_restarts_total") or 0)))
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Yield the gauges that have a value; called by the registry on every scrape."""
+        for name, text in GAUGES.items():
+            if (value := self.get(name)) is not None:
+                yield GaugeMetricFamily(name, text, value=value)
+        for name, text in RANK_GAUGES.items():
+            if (value := self.get(name)) is not None:
+                family = GaugeMetricFamily(name, text, labels=["rank"])
+                family.add_metric([self._rank], value)
+                yield family
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """Yield all gauges, so that the registry refuses a second metric of the same name."""
+        for name, text in (GAUGES | RANK_GAUGES).items():
+            yield GaugeMetricFamily(name, text)
+
+
+def _gauges(row: TrainRow) -> dict[str, float | None]:
+    return {
+        "esam_step": row.step,
+        "esam_epoch": row.epoch,
+        "esam_train_loss": row.loss,
+        "esam_learning_rate": row.lr,
+        "esam_gradient_norm": row.grad_norm,
+        "esam_sharpness": row.sharpness,
+        "esam_kept_fraction": row.kept_fraction,
+        "esam_selection_threshold": row.selection_threshold,
+        "esam_rho": row.rho,
+        "esam_beta": row.beta,
+        "esam_gamma": row.gamma,
+        "esam_images_per_second": row.images_per_second,
+        "esam_step_seconds": row.step_seconds,
+        "esam_data_wait_seconds": row.data_wait_seconds,
+    }

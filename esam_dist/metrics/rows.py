@@ -1,0 +1,53 @@
+"""What the loop reports, as plain values: every one is already on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One log interval. Without another word a value is the mean of the interval over all ranks."""
+
+    step: int
+    """Updates finished, counted from the beginning of the run."""
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    sharpness: float | None
+    """Rise of the loss at the perturbed weights; None where the method does not measure it."""
+    kept_fraction: float
+    images_per_second: float
+    """Of all ranks together."""
+    step_seconds: float
+    data_wait_seconds: float
+    """Seconds per step in which this rank had no batch."""
+    rho: float
+    beta: float
+    gamma: float
+    selection_threshold: float | None
+    """Lowest score among the samples kept; None where nothing is selected."""
+    samples: int
+    """Seen by all ranks since the beginning of the run, restarts included."""
+    kept_samples: int
+    """Kept for the descent by all ranks in this interval."""
+    skipped_perturbations: int = 0
+    """In this interval, because the ascent gradient was not finite."""
+    skipped_samples: dict[str, int] = field(default_factory=dict)
+    """By reason: samples that this rank could not read in this interval."""
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    """By phase: this rank's seconds, one per step of this interval (`checkpoint` and `validate` are added by
+    `Metrics.checkpoint_saved` and `Metrics.validation`)."""
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """One pass over the validation set, counted over all ranks. Accuracies lie in [0, 1]."""
+
+    step: int
+    epoch: float
+    accuracy: float
+    top5_accuracy: float
+    loss: float
+    seconds: float

@@ -1,0 +1,120 @@
+"""Rules, dashboard and exposition, checked with Prometheus' own tool and against the names that the code exposes."""
+
+import json
+import re
+import subprocess
+
+import yaml
+from prometheus_client import CollectorRegistry, generate_latest
+from servers import ROOT, tool
+
+from esam_dist import config
+from esam_dist.metrics import Metrics, TrainRow, ValidationRow
+from esam_dist.metrics.prometheus import names
+
+RULES = ROOT / "launch/prometheus/rules.yaml"
+DASHBOARD = ROOT / "launch/grafana/dashboard.json"
+WORDS = re.compile(r"\b(?:esam[_:]|process_)[a-z0-9_:]+")
+
+
+def rules():
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def known_names():
+    histogram = {f"esam_phase_seconds_{suffix}" for suffix in ("bucket", "sum", "count")}
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    return set(names()) | histogram | recorded | {"process_resident_memory_bytes"}
+
+
+def dashboard_expressions():
+    board = json.loads(DASHBOARD.read_text())
+    panels = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    return panels + [entry["expr"] for entry in board["annotations"]["list"]]
+
+
+def promtool(*arguments, **kwargs):
+    done = subprocess.run(
+        [tool("promtool"), *arguments], check=False, capture_output=True, text=True, timeout=60, **kwargs
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def filled_registry(tmp_path):
+    metrics = Metrics(
+        tmp_path,
+        config.Metrics(),
+        rank=0,
+        local_rank=0,
+        world_size=1,
+        total_steps=10,
+        run_info={"model": "cifar_resnet8"},
+        registry=CollectorRegistry(),
+    )
+    numbers = dict.fromkeys([*("epoch", "loss", "lr", "grad_norm", "sharpness", "kept_fraction"), "rho", "beta"], 0.5)
+    numbers |= dict.fromkeys(["gamma", "selection_threshold", "images_per_second", "step_seconds"], 0.5)
+    row = TrainRow(step=1, **numbers, data_wait_seconds=0.1, samples=8, kept_samples=4, skipped_samples={"decode": 1})
+    metrics.progress(1)
+    metrics.train(row)
+    metrics.validation(ValidationRow(1, 0.5, 0.5, 0.9, 1.0, 0.1))
+    metrics.checkpoint_saved(1, 0.1)
+    metrics.close()
+    return metrics.registry
+
+
+def test_rules_are_accepted_and_fire_when_they_should():
+    promtool("check", "rules", str(RULES))
+    promtool("test", "rules", "rules_test.yaml", cwd=RULES.parent)
+    promtool("check", "config", "prometheus.yaml", cwd=RULES.parent)
+
+
+def test_every_alert_has_a_test_in_which_it_fires():
+    groups = yaml.safe_load((RULES.parent / "rules_test.yaml").read_text())["tests"]
+    cases = [case for group in groups for case in group.get("alert_rule_test", [])]
+    fired = {case["alertname"] for case in cases if case["exp_alerts"]}
+    quiet = {case["alertname"] for case in cases if not case["exp_alerts"]}
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    assert fired == alerts
+    assert alerts - quiet == {"EsamSkippedSamples"}, "its quiet case is run b beside the run that fires"
+
+
+def test_exposition_passes_the_linter_with_every_metric_present(tmp_path):
+    page = generate_latest(filled_registry(tmp_path)).decode()
+    exposed = set(re.findall(r"^# HELP (\S+)", page, re.MULTILINE))
+    assert set(names()) <= exposed
+    promtool("check", "metrics", input=page)
+
+
+def test_rules_and_dashboard_use_only_names_that_exist():
+    for expression in [rule["expr"] for rule in rules()] + dashboard_expressions():
+        used = set(WORDS.findall(expression))
+        assert used, f"no metric in {expression}"
+        assert used <= known_names(), expression
+
+
+def test_every_metric_is_on_the_dashboard():
+    shown = set(WORDS.findall("\n".join(dashboard_expressions())))
+    through_rules = set(WORDS.findall("\n".join(rule["expr"] for rule in rules() if rule.get("record") in shown)))
+    histogram = {"esam_phase_seconds"} if "esam_phase_seconds_bucket" in shown else set()
+    alerts_only = {"esam_start_timestamp_seconds"}
+    assert set(names()) - shown - through_rules - histogram == alerts_only
+
+
+def test_dashboard_expressions_are_promql(tmp_path):
+    entries = [{"record": f"check:{i}", "expr": text} for i, text in enumerate(dashboard_expressions())]
+    path = tmp_path / "dashboard-rules.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": entries}]}))
+    assert f"{len(entries)} rules found" in promtool("check", "rules", str(path))
+
+
+def test_dashboard_panels_do_not_overlap_and_have_unique_ids():
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = set()
+    for panel in panels:
+        box = panel["gridPos"]
+        own = {(box["x"] + i, box["y"] + j) for i in range(box["w"]) for j in range(box["h"])}
+        assert box["x"] + box["w"] <= 24
+        assert not cells & own, panel["title"]
+        cells |= own
