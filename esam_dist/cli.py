@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     args = _parser().parse_args(argv)
     try:
-        status = args.run(args)
+        status = args.run(args) or 0
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
@@ -84,15 +84,13 @@ def _train(args: argparse.Namespace) -> int:
     ranks = Ranks.from_environment()
     stop_requested = _catch_signals()
     # All that the user can get wrong is found here, before the ranks meet.
-    data = open_train(
-        cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
-    )
+    data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, data.num_classes)
     folder = open_run_folder(cfg, ranks)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
     saved = _find_state(cfg, checkpoints) if ranks.is_first else None
-    with _open_metrics(cfg, ranks, folder, saved, data) as metrics, joined() as ranks:
+    with closing(_open_metrics(cfg, ranks, folder, saved, data)) as metrics, joined() as ranks:
         engine = build_engine(module, cfg, ranks)
         saved = ranks.share(saved)
         state = TrainState()
@@ -111,12 +109,7 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     cfg = config.load(args.run_folder / "config.yaml", args.overrides)
     checkpoints = Checkpoints(args.run_folder / "checkpoints", cfg.checkpoint.keep)
-    found = checkpoints.all()
-    if not found and args.checkpoint in ("best", "newest"):
-        raise UserError(f"{args.run_folder}: has no checkpoint; train it first")
-    path = {"best": checkpoints.best, "newest": lambda: found[-1]}.get(args.checkpoint, lambda: Path(args.checkpoint))()
-    if path is None:
-        raise UserError(f"{args.run_folder}: no checkpoint was validated; use --checkpoint newest")
+    path = _choose(checkpoints, args.checkpoint)
     ranks = Ranks.from_environment()
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, validation.num_classes).to(ranks.device)
@@ -129,6 +122,18 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"over {score.num_samples} samples"
         )
     return 0
+
+
+def _choose(checkpoints: Checkpoints, wanted: str) -> Path:
+    if wanted not in ("best", "newest"):
+        return Path(wanted)
+    found = checkpoints.all()
+    if not found:
+        raise UserError(f"{checkpoints.folder}: holds no checkpoint; train first, or give --checkpoint PATH")
+    best = checkpoints.best()
+    if wanted == "best" and best is None:
+        raise UserError(f"{checkpoints.folder}: no checkpoint was validated; use --checkpoint newest")
+    return best if wanted == "best" and best is not None else found[-1]
 
 
 def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
@@ -167,6 +172,7 @@ def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, saved: State |
         local_rank=ranks.local_rank,
         world_size=ranks.world_size,
         total_steps=final_step(cfg, state, data.num_samples, samples_per_step),
+        samples_before=state.samples_seen,
         run_info={
             "version": __version__,
             "model": cfg.model.name,
@@ -181,7 +187,7 @@ def _catch_signals() -> Callable[[], bool]:
     """SIGTERM and the first Ctrl-C ask for an orderly stop; a second Ctrl-C ends the process."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _: FrameType | None) -> None:
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -40,7 +40,7 @@ class PhaseClock:
     def _now(self) -> torch.cuda.Event | float:
         if not self._on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -50,4 +50,4 @@ class PhaseClock:
             return after - before
         assert isinstance(before, torch.cuda.Event)
         assert isinstance(after, torch.cuda.Event)
-        return before.elapsed_time(after) / 1000.0
+        return float(before.elapsed_time(after)) / 1000.0

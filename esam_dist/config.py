@@ -17,7 +17,6 @@ from esam_dist.errors import UserError
 from esam_dist.schedule import Schedule
 
 
-
 def _scientific(value: Any) -> Any:
     """YAML 1.1 reads `1e-3` as text; a user means the number."""
     try:

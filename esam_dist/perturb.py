@@ -7,7 +7,7 @@ arXiv 2110.03141).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -40,13 +40,13 @@ class Perturbation(NamedTuple):
     `scale` is a scalar on the device: radius over norm, or 0 where the norm is 0 or not finite.
     """
 
-    params: Sequence[nn.Parameter]
-    directions: Sequence[Tensor]
+    params: list[nn.Parameter]
+    directions: list[Tensor]
     scale: Tensor
     finite: Tensor
 
 
-def ascent(params: Sequence[nn.Parameter], grads: Sequence[Tensor], norm: float) -> Perturbation:
+def ascent(params: list[nn.Parameter], grads: list[Tensor], norm: float) -> Perturbation:
     """The first-order worst direction within the ball of radius `norm`: `norm * g / ||g||` (SAM equation 2).
 
     `grads` is consumed: `perturbed` keeps the weights in its memory.

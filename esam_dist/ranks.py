@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Ranks:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @staticmethod
     def from_environment() -> Ranks:
@@ -76,7 +77,7 @@ class Ranks:
         if self.world_size == 1 or not buffers:
             return
         flat = self.sum_(torch.cat([buffer.flatten() for buffer in buffers])).div_(self.world_size)
-        parts = flat.split([buffer.numel() for buffer in buffers])
+        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
         torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from esam_dist import config
 from esam_dist.errors import UserError
@@ -25,9 +24,10 @@ from esam_dist.ranks import Ranks
 
 # What may change when a run is continued: where it runs, how far, and how it is watched; not what it computes.
 MAY_CHANGE = (
-    "run.folder run.resume data.path data.workers data.batch_size train.accumulate train.epochs train.max_steps "
-    "train.log_every train.validate_every engine.* checkpoint.* metrics.*"
-).split()
+    *("run.folder", "run.resume", "data.path", "data.workers", "data.batch_size"),
+    *("train.accumulate", "train.epochs", "train.max_steps", "train.log_every", "train.validate_every"),
+    *("engine.*", "checkpoint.*", "metrics.*"),
+)
 
 
 def open_run_folder(cfg: config.Config, ranks: Ranks) -> Path:
@@ -70,7 +70,7 @@ def _refuse_another(cfg: config.Config, folder: Path) -> None:
             f"run.resume = never, but run.folder = {folder} already holds checkpoints; "
             "choose another run.folder, or run.resume = auto to continue"
         )
-    before = config.flat(config.parse(yaml.safe_load((folder / "config.yaml").read_text()), str(folder / "config.yaml")))
+    before = config.flat(config.load(folder / "config.yaml"))
     for key, value in config.flat(cfg).items():
         may_change = key in MAY_CHANGE or f"{key.partition('.')[0]}.*" in MAY_CHANGE
         if value != before[key] and not may_change:

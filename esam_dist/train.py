@@ -72,7 +72,7 @@ def train(
         ranks.average_buffers(engine.module)
         state.step += 1
         state.samples_seen += samples_per_step
-        metrics.progress(1)
+        metrics.progress(state.step)
 
         ends_epoch = state.samples_seen // data.num_samples > int(epoch)
         is_last = state.step == last_step

@@ -181,9 +181,7 @@ class ValidationData:
             yield finish(raw, self._cfg, self._device)
 
 
-def open_train(
-    cfg: config.Data, *, seed: int, rank: int, world_size: int, device: torch.device
-) -> TrainData:
+def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
     """Open the training split for one rank. Raises UserError, before anything is read, for whatever is wrong."""
     split = open_split(cfg.path, "train")
     if world_size * cfg.batch_size > split.num_samples:

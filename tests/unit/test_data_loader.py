@@ -62,8 +62,10 @@ def test_images_and_labels_belong_together(digits):
     from sklearn.datasets import load_digits
 
     known = load_digits()
-    by_pixels = {np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label for image, label in
-                 zip(known.images, known.target, strict=True)}
+    by_pixels = {
+        np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label
+        for image, label in zip(known.images, known.target, strict=True)
+    }
     cfg = settings(digits, image_size=8, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
     for batch in batches(cfg, 0, 40):
         for image, label in zip(batch.images, batch.labels, strict=True):
@@ -86,8 +88,10 @@ def test_batches_are_full_normalised_and_static(digits, augment):
 @pytest.mark.parametrize("augment", ["shift", "imagenet"])
 def test_workers_ranks_and_batch_size_do_not_change_a_sample(digits, augment):
     one = batches(settings(digits, augment=augment, batch_size=48), 480, 2)
-    ranks = [batches(settings(digits, augment=augment, batch_size=16, workers=rank), 480, 2, rank=rank, world_size=3)
-             for rank in range(3)]
+    ranks = [
+        batches(settings(digits, augment=augment, batch_size=16, workers=rank), 480, 2, rank=rank, world_size=3)
+        for rank in range(3)
+    ]
     for step in range(2):
         assert torch.equal(one[step].images, torch.cat([rank[step].images for rank in ranks]))
         assert torch.equal(one[step].labels, torch.cat([rank[step].labels for rank in ranks]))
