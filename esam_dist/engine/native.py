@@ -41,9 +41,8 @@ class NativeEngine:
             # From torch 2.15 on the argument has another name.
             known = inspect.signature(DistributedDataParallel.__init__).parameters
             unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            self._ddp = DistributedDataParallel(
-                module, device_ids=devices, gradient_as_bucket_view=True, **{unsynced: False}
-            )
+            options: dict[str, Any] = {unsynced: False}
+            self._ddp = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `Engine`."""
