@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
     parser.add_argument("--no-checks", action="store_true", help="start without looking at data, ports, GPUs, versions")
     parser.add_argument("--image", help="kubernetes: container image")
-    parser.add_argument("--overlay", default="job", help="kubernetes: job, jobset, kubeflow-trainer, or a folder")
+    parser.add_argument("--overlay", default="base", help="kubernetes: base, jobset, kubeflow-trainer, or a folder")
     parser.add_argument("--namespace", help="kubernetes: namespace")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="slurm: e.g. --sbatch=-pgpu")
 

@@ -11,9 +11,16 @@ from typing import TextIO
 NAME = re.compile(r"_rank(\d+)\.log$")
 
 
-def follow(folder: Path, over: threading.Event, out: TextIO, every_seconds: float = 0.2) -> None:
-    """Copy to `out` what is appended to new `*_rankN.log` files in `folder`, until `over` is set and all is shown."""
-    seen = {path: path.stat().st_size for path in _logs(folder)}
+def sizes(folder: Path) -> dict[Path, int]:
+    """How much of each log is there already, in bytes."""
+    return {path: path.stat().st_size for path in _logs(folder)}
+
+
+def follow(
+    folder: Path, before: dict[Path, int], over: threading.Event, out: TextIO, every_seconds: float = 0.2
+) -> None:
+    """Copy to `out` what the logs in `folder` gain over `before`, until `over` is set and all is shown."""
+    seen = dict(before)
     last = False
     while not last:
         last = over.is_set()

@@ -50,8 +50,9 @@ def kustomization(job: Job, source: str, image: str | None, namespace: str | Non
         "patches": [_sized(kind, paths, job) for kind, paths in SIZES.items()],
     }
     if image:
-        name, colon, tag = image.rpartition(":")
-        values["images"] = [{"name": "esam-dist", "newName": name or tag} | ({"newTag": tag} if colon else {})]
+        path, slash, last = image.rpartition("/")  # a colon before the last slash is a port
+        name, _, tag = last.partition(":")
+        values["images"] = [{"name": "esam-dist", "newName": path + slash + name} | ({"newTag": tag} if tag else {})]
     if namespace:
         values["namespace"] = namespace
     return values

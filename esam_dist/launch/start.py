@@ -18,7 +18,7 @@ from pathlib import Path
 from esam_dist import config
 from esam_dist.launch import checks, compose, kubernetes, meet, slurm
 from esam_dist.launch.arguments import Job, job
-from esam_dist.launch.follow import follow
+from esam_dist.launch.follow import follow, sizes
 
 log = logging.getLogger("esam_dist")
 
@@ -78,7 +78,7 @@ def start_deepspeed(wanted: Job, words: list[str], logs: Path) -> int:
     The runner itself does not pass SIGTERM on, so the group gets it; the ranks then have time for a checkpoint.
     """
     over = threading.Event()
-    shown = threading.Thread(target=follow, args=(logs, over, sys.stdout), daemon=True)
+    shown = threading.Thread(target=follow, args=(logs, sizes(logs), over, sys.stdout), daemon=True)
     shown.start()
     process = subprocess.Popen(words, start_new_session=True)
     with _signals_to_group(process.pid) as received:
