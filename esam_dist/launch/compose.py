@@ -22,7 +22,8 @@ def torchrun(job: Job, logs: Path, facts: dict[str, str]) -> list[str]:
     """`torchrun` for one node, several nodes with numbers (static), or nodes that come and go (c10d)."""
     words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={job.ranks_per_node}"]
     if not job.several_nodes and not job.host:
-        words += ["--standalone"]
+        # a container's own host name need not resolve
+        words += ["--standalone", f"--local-addr={job.local_address or '127.0.0.1'}"]
     elif job.fixed:
         words += [f"--nnodes={job.max_nodes}", f"--node-rank={job.node_rank}"]
         words += [f"--master-addr={job.host}", f"--master-port={job.port}"]
@@ -32,7 +33,7 @@ def torchrun(job: Job, logs: Path, facts: dict[str, str]) -> list[str]:
         words += [f"--rdzv-id={meeting_name(job, facts)}"]
         if job.node_rank is not None:
             words += [f"--rdzv-conf=is_host={job.node_rank == 0}"]
-    if job.local_address:
+    if job.local_address and job.host:
         words += [f"--local-addr={job.local_address}"]
     words += [f"--max-restarts={job.max_restarts}", f"--log-dir={logs}", "--tee=3"]
     return [*words, "-m", MODULE, "train", str(job.config), *job.overrides]

@@ -192,7 +192,7 @@ def test_prometheus_rule_and_dashboard_are_the_files_of_the_repository():
     dashboard = resources["ConfigMap/esam-dashboard"]
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert dashboard["data"]["dashboard.json"] == (ROOT / "launch/grafana/dashboard.json").read_text()
-    assert "annotations" not in pod_template("overlays/prometheus-operator")["metadata"]
+    assert not pod_template("overlays/prometheus-operator")["metadata"]["annotations"]
 
 
 @pytest.mark.parametrize("overlay", ["base", "jobset", "kubeflow-trainer"])

@@ -35,7 +35,14 @@ def command(*words):
 
 
 def test_one_node_stands_alone():
-    words = ["--nproc-per-node=2", "--standalone", "--max-restarts=0", "--log-dir=logs", "--tee=3"]
+    words = [
+        "--nproc-per-node=2",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--max-restarts=0",
+        "--log-dir=logs",
+        "--tee=3",
+    ]
     assert command() == ["-m", "torch.distributed.run", *words]
 
 
