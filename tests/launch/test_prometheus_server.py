@@ -19,21 +19,6 @@ def train(tmp_path, digits, *overrides, ranks=2):
     return [sys.executable, "-m", "esam_dist", *launch, f"run.folder={tmp_path / 'run'}", *overrides]
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """A folder with the digits as shards and a small configuration."""
-    import subprocess
-
-    folder = tmp_path_factory.mktemp("digits")
-    command = [sys.executable, "-m", "esam_dist", "prepare", "digits", str(folder / "data")]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
-    values = yaml.safe_load((ROOT / "configs/digits_esam.yaml").read_text())
-    values["data"] |= {"path": str(folder / "data"), "batch_size": 16, "image_size": 16, "workers": 0}
-    values["train"] |= {"epochs": 1000, "log_every": 2}
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    return folder
-
-
 def prometheus(tmp_path, port, targets, gateway_port=None):
     """The command of a server that scrapes every half second, with the project's own rules."""
     rules = yaml.safe_load((ROOT / "launch/prometheus/rules.yaml").read_text())
