@@ -135,10 +135,9 @@ def _finite(scores: Tensor) -> Tensor:
 def _distinct(score_B: Tensor) -> Tensor:
     """Finite values in the order of `score_B` as float32, no two alike: float64 [B], NaN lowest.
 
-    Equal scores take the order in which they lie in the batch.
-
-    A float32 leaves the low 29 bits of a float64 at zero; the position goes there. Else a threshold could not part
-    equal scores, such as losses that have reached zero, and would keep all of them or none.
+    A float32 leaves the low 29 bits of a float64 at zero; the position goes there, so that of equal scores the first
+    in the batch ranks first. Else a threshold could not part equal scores, such as losses that have reached zero, and
+    would keep all of them or none.
     """
     limit = torch.finfo(torch.float32).max
     wide_B = score_B.float().double().nan_to_num(nan=-2.0 * limit, posinf=limit, neginf=-limit)
