@@ -25,6 +25,8 @@ class Line:
     colour: str
     curve: Curve
     marks: list[float] = field(default_factory=list)
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    """What the quantity cannot leave, and so its band does not either."""
 
 
 def lines(title: str, shown: list[Line], unit: str = "") -> str:
@@ -34,7 +36,7 @@ def lines(title: str, shown: list[Line], unit: str = "") -> str:
         return ""
     points = [point for line in shown for point in _finite(line.curve)]
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
-    y_low, y_high = _range([p[1] - p[2] for p in points] + [p[1] + p[2] for p in points])
+    y_low, y_high = _range([edge for line in shown for p in _finite(line.curve) for edge in _edges(p, line.limits)])
 
     def x(value: float) -> float:
         return LEFT + (value - x_low) / max(x_high - x_low, 1e-12) * (WIDTH - LEFT - RIGHT)
@@ -46,7 +48,7 @@ def lines(title: str, shown: list[Line], unit: str = "") -> str:
     for line in shown:
         thinned = _thin(_finite(line.curve))
         parts += [_mark(x(mark), line.colour) for mark in line.marks if x_low <= mark <= x_high]
-        parts.append(_band(thinned, x, y, line.colour))
+        parts.append(_band(thinned, line.limits, x, y, line.colour))
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _ in thinned)
         parts.append(
             f'<polyline class="line" stroke="{line.colour}" points="{path}">'
@@ -116,11 +118,18 @@ def _mark(x: float, colour: str) -> str:
     )
 
 
-def _band(points: list[tuple[float, float, float]], x: Scale, y: Scale, colour: str) -> str:
+def _edges(point: tuple[float, float, float], limits: tuple[float, float]) -> tuple[float, float]:
+    return max(limits[0], point[1] - point[2]), min(limits[1], point[1] + point[2])
+
+
+def _band(
+    points: list[tuple[float, float, float]], limits: tuple[float, float], x: Scale, y: Scale, colour: str
+) -> str:
     if not any(half > 0 for _, _, half in points):
         return ""
-    upper = [f"{x(px):.1f},{y(py + half):.1f}" for px, py, half in points]
-    lower = [f"{x(px):.1f},{y(py - half):.1f}" for px, py, half in reversed(points)]
+    edges = [(x(point[0]), *map(y, _edges(point, limits))) for point in points]
+    upper = [f"{px:.1f},{high:.1f}" for px, _, high in edges]
+    lower = [f"{px:.1f},{low:.1f}" for px, low, _ in reversed(edges)]
     return f'<polygon class="band" fill="{colour}" points="{" ".join(upper + lower)}"/>'
 
 

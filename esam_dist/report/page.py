@@ -28,15 +28,16 @@ svg { width: 100%; height: auto; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem; border-radius: 2px; }
 .note { color: var(--soft); font-size: .9rem; } td.config { overflow-wrap: anywhere; }
 """
+ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 CHARTS = (
-    ("train", "loss", "Training loss", ""),
-    ("validation", "accuracy", "Validation accuracy", "top-1"),
-    ("validation", "loss", "Validation loss", ""),
-    ("train", "sharpness", "Sharpness", "rise of the loss at the perturbed weights"),
-    ("train", "kept_fraction", "Samples kept", "share of the batch"),
-    ("train", "images_per_second", "Throughput", "images/s"),
-    ("train", "grad_norm", "Gradient norm", ""),
-    ("train", "lr", "Learning rate", ""),
+    ("train", "loss", "Training loss", "", POSITIVE),
+    ("validation", "accuracy", "Validation accuracy", "top-1", SHARE),
+    ("validation", "loss", "Validation loss", "", POSITIVE),
+    ("train", "sharpness", "Sharpness", "rise of the loss at the perturbed weights", ANY),
+    ("train", "kept_fraction", "Samples kept", "share of the batch", SHARE),
+    ("train", "images_per_second", "Throughput", "images/s", POSITIVE),
+    ("train", "grad_norm", "Gradient norm", "", POSITIVE),
+    ("train", "lr", "Learning rate", "", POSITIVE),
 )
 COLUMNS = (
     "Runs",
@@ -61,7 +62,8 @@ def page(groups: list[Group]) -> str:
         f"<h1>Training report: {escape(title)}</h1>",
         _table(groups),
         f'<h2>Curves</h2>{chart.legend(colours)}<div class="charts">{"".join(drawn)}</div>',
-        '<p class="note">Bands: 95% confidence interval of the mean over seeds (Student\'s t). Dashed: a restart.</p>',
+        '<p class="note">Lines: mean over seeds, where all have a value. Bands, from three seeds on: 95% confidence '
+        "interval of the mean (Student's t). Dashed: a restart.</p>",
         f"<h2>Where the time goes</h2>{breakdown or '<p>Not reported.</p>'}",
         f"<h2>Configuration</h2>{_configuration(runs)}",
         f"<h2>Environment</h2>{_environment(runs)}",
@@ -109,11 +111,19 @@ def _table(groups: list[Group]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _chart(groups: list[Group], colours: dict[str, str], kind: str, key: str, title: str, unit: str) -> str:
+def _chart(
+    groups: list[Group],
+    colours: dict[str, str],
+    kind: str,
+    key: str,
+    title: str,
+    unit: str,
+    limits: tuple[float, float],
+) -> str:
     shown = []
     for members in groups:
         marks = [epoch for run in members.runs for epoch in run.restarts]
-        shown.append(chart.Line(members.name, colours[members.name], curve(members, kind, key), marks))
+        shown.append(chart.Line(members.name, colours[members.name], curve(members, kind, key), marks, limits))
     return chart.lines(title, shown, unit)
 
 
@@ -142,11 +152,15 @@ def _facts(runs: list[Run], table: dict[str, list[str]]) -> str:
     if not table:
         return "<p>Not reported.</p>"
     head = "".join(f"<th>{escape(run.folder.name)}</th>" for run in runs)
-    lines = []
+    same, differing = [], []
     for key, values in table.items():
-        same = len(set(values)) == 1
-        cells = f'<td class="config" colspan="{len(runs)}">{escape(values[0])}</td>'
-        if not same:
+        if len(set(values)) == 1:
+            same.append(f'<tr><td>{escape(key)}</td><td class="config">{escape(values[0])}</td></tr>')
+        else:
             cells = "".join(f'<td class="config">{escape(value)}</td>' for value in values)
-        lines.append(f"<tr{'' if same else ' class=differs'}><td>{escape(key)}</td>{cells}</tr>")
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+            differing.append(f'<tr class="differs"><td>{escape(key)}</td>{cells}</tr>')
+    alike = f"<table>{''.join(same)}</table>"
+    if len(runs) == 1:
+        return alike
+    shown = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(differing)}</tbody></table>"
+    return f"{shown}<details><summary>The same in all runs: {len(same)} values</summary>{alike}</details>"

@@ -61,7 +61,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean over the seeds of one group, and the half width of its 95% interval (nan for a single seed)."""
+    """Mean over the seeds of one group, and the half width of its 95% interval (nan for fewer than three seeds)."""
 
     x: list[float]
     y: list[float]
@@ -109,9 +109,12 @@ def curve(members: Group, rows: str, key: str) -> Curve:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half width of its 95% confidence interval by Student's t; nan for fewer than two values."""
+    """Mean, and half width of its 95% confidence interval by Student's t.
+
+    The half width is nan for fewer than three values: for two it is nine times their distance, which says nothing.
+    """
     mean = sum(values) / len(values) if values else math.nan
-    if len(values) < 2:
+    if len(values) < 3:
         return mean, math.nan
     from scipy.stats import t  # type: ignore[import-untyped]
 

@@ -141,9 +141,9 @@ def test_rendered_pods_train_the_digits(overlay, digits, tmp_path):
         assert all(pod.probe(container, "liveness") for pod in pods)
         annotations = template["metadata"]["annotations"]
         port, path = annotations["prometheus.io/port"], annotations["prometheus.io/path"]
-        page = pods[0].fetch(f"http://{names[1]}:{port}{path}")
-        assert 'rank="1"' in page
-        assert "esam_world_size 2.0" in page
+        pages = [pods[0].fetch(f"http://{pod.host.address}:{port}{path}") for pod in pods]
+        assert all("esam_world_size 2.0" in page for page in pages)
+        assert {re.search(r'esam_run_info{.*rank="(\d)"', page)[1] for page in pages} == {"0", "1"}
         rows = pods[0].sources["runs"] / "esam/metrics.jsonl"
         until(lambda: rows.exists() and '"step": 20,' in rows.read_text(), 400, "20 updates")
         for process in running:
