@@ -61,10 +61,7 @@ class Simulation:
                 self.velocity[name] = self.momentum * self.velocity[name] + step
             else:
                 self.velocity[name] = step.clone()
-            if self.nesterov:
-                step = step + self.momentum * self.velocity[name]
-            else:
-                step = self.velocity[name]
+            step = step + self.momentum * self.velocity[name] if self.nesterov else self.velocity[name]
             self.weights[name] = self.weights[name] - self.lr * step
 
     def gradient(
