@@ -171,7 +171,7 @@ def test_a_corrupt_validation_sample_is_left_out(copy):
 def test_too_many_corrupt_samples_stop_the_run(copy):
     for sample in range(20):
         corrupt(copy, sample)
-    with pytest.raises(UserError, match=r"max_skipped = 0.01: 1\d of 1438 train samples cannot be read \(checksum"):
+    with pytest.raises(UserError, match=r"max_skipped = 0.01: 1\d of 1438 samples cannot be read \(checksum"):
         list(islice(train(settings(copy)).batches(0), 45))
 
 
@@ -231,5 +231,5 @@ def test_labels_out_of_range_are_refused(copy):
 
 
 def test_a_batch_larger_than_the_set_is_refused(copy):
-    with pytest.raises(UserError, match=r"data.batch_size = 1000 on 2 ranks needs 2000 samples.*at most 719 or fewer"):
+    with pytest.raises(UserError, match=r"data.batch_size = 1000 on 2 ranks needs 2000 samples.*at most 719, or fewer"):
         train(settings(copy, batch_size=1000), world_size=2)
