@@ -57,16 +57,14 @@ class ImageFile:
                 raise ValueError
             self.height, self.width, self._colour, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
-            self._image = _open(data)
-            self.width, self.height = self._image.size
-            if self._image.getexif().get(_ORIENTATION, 1) >= 5:
-                self.width, self.height = self.height, self.width
+            self._image = open_image(data)
+            self.width, self.height = _upright_size(self._image)
         if self.width * self.height > MAX_PIXELS:
             raise SampleError("too_large", f"{self.width} x {self.height} pixels")
 
     def crop(self, box: Box, out: Pixels, *, antialias: bool = True) -> None:
         """Write the pixels of `box` into `out` [S, S, 3], RGB. Raises SampleError."""
-        pixels = self._turbo(box, out.shape[0]) if self._image is None else _pillow(self._image)
+        pixels = self._turbo(box, out.shape[0]) if self._image is None else upright(self._image)
         down = self.height / pixels.shape[0]
         top, left = round(box.top / down), round(box.left / down)
         bottom, right = round((box.top + box.height) / down), round((box.left + box.width) / down)
@@ -82,8 +80,8 @@ class ImageFile:
             pixels: Pixels = simplejpeg.decode_jpeg(self._data, "RGB", fastdct=True, fastupsample=True, **wanted)
         except ValueError:
             # CMYK, and files with harmless warnings; Pillow knows those from files that are cut short.
-            self._image = _open(self._data)
-            return _pillow(self._image)
+            self._image = open_image(self._data)
+            return upright(self._image)
         return pixels
 
 
@@ -92,7 +90,8 @@ def _is_plain_jpeg(data: bytes) -> bool:
     return data.startswith(_JPEG) and data.find(_EXIF, 0, 1024) < 0
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """The header of an image file of any format that Pillow knows. Raises SampleError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -101,8 +100,17 @@ def _open(data: bytes) -> Image.Image:
         raise SampleError("undecodable", str(error)) from None
 
 
-def _pillow(image: Image.Image) -> Pixels:
-    """The first frame of `image`, upright, 8 bits per channel, RGB."""
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+    except _PILLOW_ERRORS as error:
+        raise SampleError("undecodable", str(error)) from None
+    return (height, width) if turned else (width, height)
+
+
+def upright(image: Image.Image) -> Pixels:
+    """The first frame of `image` as its EXIF block would have it turned: [H, W, 3], RGB. Raises SampleError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -110,7 +118,7 @@ def _pillow(image: Image.Image) -> Pixels:
             if image.mode.startswith("I"):
                 # Pillow would clip 16 bits to 8, and show white.
                 image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     except _PILLOW_ERRORS as error:
         raise SampleError("undecodable", str(error)) from None
 

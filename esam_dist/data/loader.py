@@ -134,6 +134,8 @@ def load(samples: Samples, draws: Iterable[Draw], workers: int, *, pin: bool, ke
         collate_fn=_as_is,
         pin_memory=pin,
         persistent_workers=keep and workers > 0,
+        # Without its own, every iterator would draw from the generator that dropout uses.
+        generator=torch.Generator(),
     )
 
 
