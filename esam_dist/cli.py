@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="esam-dist", description="Sharpness-aware training of image classifiers.")
     parser.add_argument("--version", action="version", version=__version__)
+    # The deepspeed launcher says it to every rank, beside the environment that we read.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:

@@ -45,9 +45,10 @@ class Ranks:
         """Every rank's `tensor`, in the order of ranks: [W, *tensor.shape]."""
         if self.world_size == 1:
             return tensor.unsqueeze(0)
-        gathered = tensor.new_empty((self.world_size, *tensor.shape))
-        dist.all_gather_into_tensor(gathered, tensor.contiguous())
-        return gathered
+        # Flat: gloo takes the concatenated form only, nccl either.
+        gathered = tensor.new_empty(self.world_size * tensor.numel())
+        dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1))
+        return gathered.view(self.world_size, *tensor.shape)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over ranks, and return it."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esam_dist.engine.state import load_by_name, model_state, state_by_name
+from esam_dist.engine.state import initial_state, load_by_name, model_state, state_by_name
 from esam_dist.ranks import Ranks
 
 
@@ -33,7 +33,6 @@ class DeepSpeedEngine:
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, ds_config: dict[str, Any]
     ) -> None:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Said beforehand, it is not guessed with a warning.
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         import deepspeed
@@ -43,10 +42,15 @@ class DeepSpeedEngine:
             dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False, auto_mpi_discovery=False
         )
         self.module = module
+        # ZeRO calls every optimizer but its own untested; our tests are what tests SGD and AdamW under it.
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._stage = int(ds_config["zero_optimization"]["stage"])
         self._optimizer = optimizer
         self._device = ranks.device
+        if self._stage > 0:
+            self._make_shards()
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `Engine`."""
@@ -82,15 +86,13 @@ class DeepSpeedEngine:
             return state_by_name(self.module, self._optimizer)
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        sharded = {key for state in self._shards() for key, value in state.items() if value is not None}
+        shard = next(iter(self._shards().values()), {})
         optimizer: dict[str, dict[str, Tensor]] = {}
-        for name, param in self.module.named_parameters():
-            if param.requires_grad and sharded:
-                optimizer[name] = {
-                    key: safe_get_full_optimizer_state(param, key).cpu() for key in sorted(sharded - {"step"})
-                }
-                if "step" in sharded:
-                    optimizer[name]["step"] = self._shards()[0]["step"].cpu().clone()
+        for name, param in self._trainable():
+            optimizer[name] = {
+                key: value.cpu().clone() if key == "step" else safe_get_full_optimizer_state(param, key).cpu()
+                for key, value in shard.items()
+            }
         return {"model": model_state(self.module), "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,25 +103,32 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.module.load_state_dict(state["model"])
-        self._make_shards(state["optimizer"])
-        for name, param in self.module.named_parameters():
-            if param.requires_grad:
-                safe_set_full_fp32_param(param, state["model"][name].to(param.device))
-                for key, value in state["optimizer"].get(name, {}).items():
-                    if key != "step":
-                        safe_set_full_optimizer_state(param, value.to(param.device), key)
+        for name, param in self._trainable():
+            safe_set_full_fp32_param(param, state["model"][name].to(param.device))
+            for key, value in state["optimizer"][name].items():
+                if key == "step":
+                    for shard in self._shards().values():
+                        shard["step"] = value.clone()
+                else:
+                    safe_set_full_optimizer_state(param, value.to(param.device), key)
 
-    def _make_shards(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Give each flat shard the state that the optimizer would otherwise only make in its first step."""
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, param) for name, param in self.module.named_parameters() if param.requires_grad]
+
+    def _shards(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The optimizer's state of each flat shard that this rank owns, by the shard."""
+        return self._ds.optimizer.optimizer.state  # type: ignore[no-any-return]
+
+    def _make_shards(self) -> None:
+        """Give every shard its initial state now.
+
+        DeepSpeed would do it in the first step, but links the state of all parameter groups after the first group's
+        update, when the other groups have none yet: their state could not be saved then (seen with 0.19.8).
+        """
         zero = self._ds.optimizer
-        example = next(iter(saved.values()), {})
         for shard in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[shard] = {
-                key: value.clone() if key == "step" else torch.zeros_like(shard) for key, value in example.items()
-            }
-        if example:
+            state = initial_state(zero.optimizer, shard)
+            if state:
+                self._shards()[shard] = state
+        if self._shards():
             zero._lazy_init_hp_params_optimizer_state()
-
-    def _shards(self) -> list[dict[str, Any]]:
-        """The optimizer's state of each flat shard that this rank owns."""
-        return list(self._ds.optimizer.optimizer.state.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,9 +38,11 @@ class NativeEngine:
         if ranks.world_size > 1:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
             # Buffers are averaged after the update (Ranks.average_buffers), not copied from rank 0 before it.
-            self._ddp = DistributedDataParallel(
-                module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            # From torch 2.15 on the argument has another name.
+            known = inspect.signature(DistributedDataParallel.__init__).parameters
+            unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            options: dict[str, Any] = {unsynced: False}
+            self._ddp = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `Engine`."""

@@ -39,3 +39,10 @@ def load_by_name(module: nn.Module, optimizer: torch.optim.Optimizer, state: dic
                 key: value.to(param.device, copy=True) if value.shape == param.shape else value.clone()
                 for key, value in state["optimizer"][name].items()
             }
+
+
+def initial_state(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:
+    """What SGD or AdamW would keep for `tensor` before its first update: from it, the first update is the same."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
+    return {"momentum_buffer": torch.zeros_like(tensor)} if optimizer.defaults["momentum"] else {}
