@@ -104,6 +104,14 @@ class Data(Section):
     """Red, green and blue are divided by it, in units of the full range."""
     shuffle_window: Count = 16
     """Samples are shuffled within this many shards, themselves in shuffled order."""
+    stream: str = ""
+    """Training shards to draw from instead, for ever: `pipe:`, `http(s)://`, `s3://` with braces, `{000..146}`."""
+    stream_samples: Annotated[int, Field(ge=0)] = 0
+    """Samples of `stream` that count as one epoch."""
+    stream_cache: Folder | None = None
+    """Folder that keeps the shards of `stream` once they are fetched; empty: nothing is kept."""
+    stream_tries: Count = 5
+    """Attempts to fetch a shard of `stream`, with pauses of 0.5, 1, 2, ... seconds."""
     max_skipped: Annotated[Real, Field(ge=0.0, le=1.0)] = 0.01
     """Largest share of the samples that may be unreadable; a run that meets more stops."""
 

@@ -23,6 +23,9 @@ from esam_dist.data.dataset import SampleError
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: they are mistakes, or attacks on the memory."""
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+"""Names of files that are taken for images."""
+
 Pixels = NDArray[np.uint8]
 
 # One worker process per core: more threads only get in each other's way.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from esam_dist import config
-from esam_dist.data.dataset import Split, open_split
+from esam_dist.data.dataset import open_split, read_description
 from esam_dist.data.device import Batch, Finish
 from esam_dist.data.order import Draw, Order, share
 from esam_dist.data.samples import Raw, Samples
+from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
 from esam_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -55,15 +56,19 @@ class TrainData:
     """The training set as this rank sees it: an endless sequence of full batches from any global position."""
 
     def __init__(
-        self, cfg: config.Data, split: Split, *, seed: int, rank: int, world_size: int, device: torch.device
+        self,
+        cfg: config.Data,
+        raws: Callable[[int], Iterable[Raw]],
+        *,
+        num_samples: int,
+        class_names: list[str],
+        device: torch.device,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
-        self.num_samples, self.class_names = split.num_samples, split.class_names
-        self.num_classes = len(split.class_names)
-        self._cfg, self._split, self._rank, self._world_size = cfg, split, rank, world_size
-        self._order = Order(seed, split.counts, cfg.shuffle_window, cfg.repeats)
-        self._skipped = Skipped(split.num_samples, cfg)
+        self.num_samples, self.class_names, self.num_classes = num_samples, class_names, len(class_names)
+        self._raws, self._close = raws, close
+        self._skipped = Skipped(num_samples, cfg)
         self._finish = Finish(cfg, device, self.num_classes, train=True)
-        self._pin = device.type == "cuda"
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -72,21 +77,18 @@ class TrainData:
 
     def batches(self, samples_seen: int) -> Iterator[Batch]:
         """Full batches, endless, from global position `samples_seen` on. Raises UserError for too many bad samples."""
-        draws = self._order.batches(
-            samples_seen, batch_size=self._cfg.batch_size, rank=self._rank, world_size=self._world_size
-        )
-        raws = load(Samples(self._split, self._cfg, train=True), draws, self._cfg.workers, pin=self._pin)
-        return self._finish(self._skipped.pass_on(raws))
+        return self._finish(self._skipped.pass_on(self._raws(samples_seen)))
 
     def close(self) -> None:
         """Close the files; workers end with the iterator that started them."""
-        self._split.close()
+        self._close()
 
 
 class ValidationData:
     """This rank's share of the validation set: over all ranks every sample exactly once."""
 
-    def __init__(self, cfg: config.Data, split: Split, *, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, cfg: config.Data, *, rank: int, world_size: int, device: torch.device) -> None:
+        split = open_split(cfg.path, "validation")
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
         ids = np.array(share(split.num_samples, rank, world_size), np.int64)
         parts = [ids[start : start + cfg.batch_size] for start in range(0, len(ids), cfg.batch_size)]
@@ -109,7 +111,9 @@ class ValidationData:
 
 
 def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
-    """Open the training split for one rank. Raises UserError, before anything is read, for whatever is wrong."""
+    """Open the training data for one rank. Raises UserError, before anything is read, for whatever is wrong."""
+    if cfg.stream:
+        return _open_stream(cfg, seed, rank, world_size, device)
     split = open_split(cfg.path, "train")
     if world_size * cfg.batch_size > split.num_samples:
         most = split.num_samples // world_size
@@ -117,12 +121,32 @@ def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, devic
             f"data.batch_size = {cfg.batch_size} on {world_size} ranks needs {world_size * cfg.batch_size} samples a "
             f"step, but {cfg.path} has {split.num_samples}; use at most {most}, or fewer ranks"
         )
-    return TrainData(cfg, split, seed=seed, rank=rank, world_size=world_size, device=device)
+    order = Order(seed, split.counts, cfg.shuffle_window, cfg.repeats)
+    samples = Samples(split, cfg, train=True)
+
+    def raws(samples_seen: int) -> DataLoader[Any]:
+        draws = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
+        return load(samples, draws, cfg.workers, pin=device.type == "cuda")
+
+    return TrainData(
+        cfg, raws, num_samples=split.num_samples, class_names=split.class_names, device=device, close=split.close
+    )
+
+
+def _open_stream(cfg: config.Data, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
+    check_stream(cfg)
+    class_names = [str(name) for name in read_description(cfg.path)["classes"]]
+
+    def raws(samples_seen: int) -> DataLoader[Any]:
+        at = Position(seed, rank, samples_seen, cfg.stream_samples, world_size * cfg.batch_size)
+        return load_stream(StreamedBatches(cfg, len(class_names), at), cfg.workers, pin=device.type == "cuda")
+
+    return TrainData(cfg, raws, num_samples=cfg.stream_samples, class_names=class_names, device=device)
 
 
 def open_validation(cfg: config.Data, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
     """Open the validation split for one rank. Raises UserError for whatever is wrong."""
-    return ValidationData(cfg, open_split(cfg.path, "validation"), rank=rank, world_size=world_size, device=device)
+    return ValidationData(cfg, rank=rank, world_size=world_size, device=device)
 
 
 def load(samples: Samples, draws: Iterable[Draw], workers: int, *, pin: bool, keep: bool = False) -> DataLoader[Any]:

@@ -12,6 +12,8 @@ import torch
 
 from esam_dist import config
 from esam_dist.data import open_train, open_validation
+from esam_dist.data.dataset import open_split
+from esam_dist.data.order import Order
 from esam_dist.data.prepare import prepare_digits
 from esam_dist.errors import UserError
 
@@ -135,8 +137,6 @@ def test_more_ranks_than_validation_samples_leaves_some_ranks_without_batches(di
 
 def corrupt(root: Path, sample: int, split: str = "train") -> None:
     """Overwrite the first bytes of an image in place."""
-    from esam_dist.data.dataset import open_split
-
     opened = open_split(root, split)
     shard = opened.shards[opened._shard(sample)]
     with shard.open("r+b") as file:
@@ -147,7 +147,7 @@ def corrupt(root: Path, sample: int, split: str = "train") -> None:
 def test_a_corrupt_sample_is_replaced_counted_and_named_once(copy, caplog):
     intact = batches(settings(copy, batch_size=1437), 0, 1)[0]
     data = train(settings(copy))
-    bad = int(data._order.draw(40, 1).ids[0])
+    bad = int(Order(0, open_split(copy, "train").counts, 16).draw(40, 1).ids[0])
     corrupt(copy, bad)
     with caplog.at_level(logging.WARNING):
         read = list(islice(data.batches(0), 45 + 45))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from esam_dist.data.dataset import SampleError
+from esam_dist.data.decode import SUFFIXES
 from esam_dist.data.prepare.source import digest_of, held_out
 from esam_dist.errors import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 VALIDATION_NAMES = ("validation", "val", "valid", "test")
 
 
