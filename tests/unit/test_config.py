@@ -119,7 +119,14 @@ def test_wrong_type_names_key_and_value(file, text, key):
         *("train.label_smoothing=1", "train.log_every=0", "optim.name=lion", "optim.lr=-1", "optim.lr=.nan"),
         *("optim.lr=.inf", "optim.momentum=1", "optim.weight_decay=-1", "optim.clip_grad_norm=-1"),
         *("optim.schedule=linear", "optim.step_factor=1", "method.name=asam", "method.scope=node"),
-        *("method.rho=-0.1", "method.beta=0", "method.beta=1.01", "method.gamma=0", "method.gamma=2", "method.beta=.nan"),
+        *(
+            "method.rho=-0.1",
+            "method.beta=0",
+            "method.beta=1.01",
+            "method.gamma=0",
+            "method.gamma=2",
+            "method.beta=.nan",
+        ),
         *("method.gamma=[[0, 1.0], [5, 0]]", "method.beta={from: 1, to: 0, epochs: 3}", "engine.name=fsdp"),
         *("engine.zero_stage=4", "checkpoint.keep=0", "checkpoint.every_steps=-1", "metrics.port=65536"),
         *("metrics.stall_seconds=-1", "metrics.progress=dots"),
@@ -171,7 +178,12 @@ def test_every_form_of_a_schedule_is_read(file, key, written, meant):
 
 @pytest.mark.parametrize("written", [value for value, _ in SCHEDULES])
 def test_what_is_saved_is_read_back_alike(file, written):
-    sections = {"method": {"rho": written}, "optim": {"lr": 1e-5}, "run": {"folder": "a b/c"}, "model": {"num_classes": 4}}
+    sections = {
+        "method": {"rho": written},
+        "optim": {"lr": 1e-5},
+        "run": {"folder": "a b/c"},
+        "model": {"num_classes": 4},
+    }
     cfg = config.load(file(yaml.safe_dump(sections)))
     assert config.load(file(config.dump(cfg))) == cfg
 

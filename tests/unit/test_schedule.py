@@ -72,7 +72,9 @@ def test_cosine_does_not_rise_again_after_the_end():
     assert learning_rate(12.0, peak=0.4, epochs=10, schedule="cosine") == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize(("epoch", "factor"), [(0.0, 1.0), (2.99, 1.0), (3.0, 0.2), (5.9, 0.2), (6.0, 0.04), (9.0, 0.04)])
+@pytest.mark.parametrize(
+    ("epoch", "factor"), [(0.0, 1.0), (2.99, 1.0), (3.0, 0.2), (5.9, 0.2), (6.0, 0.04), (9.0, 0.04)]
+)
 def test_steps_multiply_at_each_epoch_named(epoch, factor):
     rate = learning_rate(epoch, peak=0.4, epochs=10, schedule="step", step_epochs=[3, 6], step_factor=0.2)
     assert rate == pytest.approx(0.4 * factor)
