@@ -20,11 +20,13 @@ from esam_dist.checkpoint import Checkpoints, State, read
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import build_engine
 from esam_dist.errors import UserError
+from esam_dist.esam import Memory
 from esam_dist.evaluate import evaluate
 from esam_dist.metrics import Metrics, rewind
 from esam_dist.models import Classifier, build_model
 from esam_dist.ranks import Ranks, joined
 from esam_dist.run_folder import open_run_folder
+from esam_dist.score import find_head
 from esam_dist.train import TrainState, final_step, train
 
 USER_ERROR = 2
@@ -89,21 +91,22 @@ def _train(args: argparse.Namespace) -> int:
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, data.num_classes)
+    if cfg.method.name == "esam" and cfg.method.score == "head":
+        find_head(module)
     folder = open_run_folder(cfg, ranks)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
     saved = _find_state(cfg, checkpoints) if ranks.is_first else None
     with closing(_open_metrics(cfg, ranks, folder, saved, data)) as metrics, joined() as ranks:
         engine = build_engine(module, cfg, ranks)
         saved = ranks.share(saved)
-        state = TrainState()
+        state, memory = TrainState(), Memory()
         if saved is not None:
             engine.load_state_dict(saved["engine"])
+            memory.load_state_dict(saved["method"], ranks.device)
             state = TrainState(**saved["train"])
             state.restarts += 1
             metrics.restarted(state.restarts)
-        finished = train(
-            engine, data, validation, cfg, ranks, metrics, checkpoints, state, stop_requested=stop_requested
-        )
+        finished = train(engine, data, validation, cfg, ranks, metrics, checkpoints, state, memory, stop_requested)
         data.close()
     return 0 if finished else STOPPED
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from esam_dist import combinations
 from esam_dist.errors import UserError
 from esam_dist.schedule import Schedule
 
@@ -139,23 +140,48 @@ class Optim(Section):
 class Method(Section):
     """Sharpness: what is perturbed, which samples are kept. Defaults are the paper's ESAM."""
 
-    name: Literal["sgd", "sam", "esam"] = "esam"
-    """`sgd`: no perturbation; `sam`: all weights, all samples; `esam`: beta of the weights, gamma of the samples."""
+    name: Literal["sgd", "sam", "asam", "msam", "looksam", "gsam", "esam"] = "esam"
+    """`sgd`: no perturbation; `sam`: all weights, all samples; `esam`: beta of the weights, gamma of the samples;
+    others to compare with."""
     rho: Schedule = Schedule.constant(0.05)
     """Radius of the perturbation (L2 norm, see `swp_scale`). A number, `[[epoch, value], ...]`, or
     `{from, to, epochs}`; so also `beta` and `gamma`."""
     beta: Schedule = Schedule.constant(0.5)
-    """SWP: expected share of the weights that a step perturbs, in (0, 1]."""
+    """SWP: expected share of the weights that a step perturbs, in (0, 1]. `esam` only."""
     gamma: Schedule = Schedule.constant(0.5)
-    """SDS: share of the samples kept for the descent, in (0, 1]."""
-    scope: Literal["rank", "global"] = "global"
-    """Samples are ranked within each rank's batch, or over the batches of all ranks."""
-    score: Literal["forward"] = "forward"
-    """`forward`: the rise of each sample's loss, measured at the perturbed weights."""
-    swp: Literal["tensor"] = "tensor"
-    """`tensor`: whole parameter tensors are drawn."""
+    """SDS: share of the samples kept for the descent, in (0, 1]. `esam` only."""
+    swp: Literal["tensor", "element", "suffix", "norm"] = "tensor"
+    """`tensor`: whole tensors are drawn; `element`: single weights (the paper's mask); `suffix`: the layers behind a
+    random cut, where the ascent's backward pass stops; `norm`: only normalisation layers (SAM-ON)."""
     swp_scale: Literal["none", "paper", "released"] = "none"
     """Norm of the perturbation: `rho`; `rho / sqrt(beta)`; or `rho / beta`, as in the authors' code."""
+    score: Literal["forward", "head", "loss", "random"] = "forward"
+    """`forward`: the rise of each loss, measured at the perturbed weights; `head`: its first-order rise through the
+    classifier, without a pass; `loss`: the largest losses; `random`: the control."""
+    scope: Literal["rank", "global"] = "global"
+    """Samples are ranked within each rank's batch, or over the batches of all ranks."""
+    transport: Literal["scores", "thresholds"] = "scores"
+    """For `scope: global`, what ranks exchange: every score (exact), or `num_quantiles` of their own."""
+    num_quantiles: Annotated[int, Field(ge=2)] = 64
+    """For `transport: thresholds`: quantiles that a rank sends."""
+    capacity_factor: NonNegative = 0.0
+    """For `scope: global`: a rank keeps at most this many times `gamma * batch`, in a batch of just that size, so that
+    no rank is late and shapes are static; 0: no limit."""
+    descent: Literal["kept", "recycled", "recycled_exact"] = "kept"
+    """`kept`: mean over the kept samples at the perturbed weights; `recycled`: mixed with the ascent's gradient,
+    `(1 - gamma) * g(w) + gamma * g_kept(w + eps)`; `recycled_exact`: g(w) of the samples not kept (random score)."""
+    group_size: Annotated[int, Field(ge=0)] = 0
+    """m of m-sharpness: samples that share a perturbation, and a selection; 0: the rank's batch."""
+    interval: Count = 1
+    """Every k-th update is sharpness-aware, the others plain (`looksam`: reuse the flat part)."""
+    start_epoch: NonNegative = 0.0
+    """Plain updates before this epoch."""
+    late_share: Annotated[Real, Field(gt=0.0, le=1.0)] = 1.0
+    """Only this last share of the training is sharpness-aware."""
+    eta: NonNegative = 0.01
+    """ASAM's eta: added to a weight's size."""
+    alpha: NonNegative = 0.2
+    """GSAM's weight of the orthogonal part; LookSAM's of the flat part."""
 
 
 class Engine(Section):
@@ -233,7 +259,7 @@ def parse(values: dict[str, Any], source: str) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_first_fault(error, source)) from None
-    _check_together(config)
+    combinations.check(config)
     return config
 
 
@@ -285,22 +311,3 @@ def _first_fault(error: ValidationError, source: str) -> str:
     value = fault["input"]
     shown = repr(str(value) if isinstance(value, Path) else value)
     return f"{source}: {where} = {shown[:80]} is refused: {fault['msg'].removeprefix('Value error, ')}"
-
-
-def _check_together(config: Config) -> None:
-    method, optim = config.method, config.optim
-    for key in ("beta", "gamma"):
-        for value in getattr(method, key).values():
-            if not 0.0 < value <= 1.0:
-                raise UserError(f"method.{key} = {value:g} is out of range; give a share in (0, 1]")
-    for value in method.rho.values():
-        if value < 0.0:
-            raise UserError(f"method.rho = {value:g} is negative; give a radius >= 0")
-    if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0.0):
-        raise UserError("optim.nesterov = true needs optim.name = sgd and optim.momentum > 0; set it to false")
-    if optim.schedule == "step" and not optim.step_epochs:
-        raise UserError("optim.schedule = step needs optim.step_epochs, such as [30, 60, 80]")
-    if config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
-        raise UserError(
-            "engine.zero_stage = 3 is refused: it shards the weights that a rank must perturb; use 0, 1 or 2"
-        )

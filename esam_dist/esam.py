@@ -1,175 +1,278 @@
-"""One ESAM step (Du et al., ICLR 2022, Algorithm 1), distributed: to be read beside the paper.
+"""One sharpness-aware step, distributed: ESAM (Du et al., ICLR 2022, Algorithm 1) and the methods beside it.
 
-Shapes: W ranks, B samples per rank, K classes, D samples that this rank keeps for the descent.
+Shapes: B samples per rank, K classes, D samples that this rank keeps for the descent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from esam_dist import config, perturb, selection
+from esam_dist import descent, perturb, score, swp
+from esam_dist.batchnorm import frozen_batchnorm
 from esam_dist.clock import PhaseClock
+from esam_dist.coordinate import Coordination, Kept, keep_all
 from esam_dist.data import Batch
 from esam_dist.engine.base import Engine
+from esam_dist.perturb import Perturbation, perturbed
+from esam_dist.randomness import Randomness, seed_step
 from esam_dist.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What one step does: the method's configuration with its schedules read at one epoch."""
-
-    rho: float
-    beta: float
-    gamma: float
-    scope: str
-    swp_scale: str
-    label_smoothing: float
-
-    @staticmethod
-    def at(epoch: float, method: config.Method, label_smoothing: float) -> Rule:
-        """The rule at `epoch`: SGD has no radius; SAM perturbs everything and keeps everything."""
-        rho = 0.0 if method.name == "sgd" else method.rho(epoch)
-        beta, gamma = (method.beta(epoch), method.gamma(epoch)) if method.name == "esam" else (1.0, 1.0)
-        return Rule(rho, beta, gamma, method.scope, method.swp_scale, label_smoothing)
+from esam_dist.rule import Rule
 
 
 class StepStats(NamedTuple):
     """What one step measured on this rank: scalars on the device, so that nothing waits for them."""
 
     loss: Tensor
-    """Mean loss of the batch at the unperturbed weights."""
+    """Mean loss of the batch at the unperturbed weights (MSAM: at the perturbed ones, the only ones it visits)."""
     sharpness: Tensor
-    """Mean rise of the loss under the perturbation, over the samples evaluated there; 0 for a plain step."""
+    """Mean rise of the loss under the perturbation, over the samples evaluated there; nan where none was."""
     num_kept: Tensor
     """Samples that this rank's descent used."""
     threshold: Tensor
     """Smallest score kept; nan where nothing was scored."""
     skipped: Tensor
-    """1 where the ascent gradient was not finite and the weights stayed unperturbed, else 0."""
+    """1 where the ascent direction was not finite and the weights stayed unperturbed, else 0."""
     grad_norm: Tensor
     """Norm of the averaged gradient before clipping; nan where the micro-batch ended no update."""
 
 
+class Memory:
+    """What a method carries from step to step beyond weights and momentum: LookSAM's flat part, alike on all ranks."""
+
+    def __init__(self) -> None:
+        self.flat: list[Tensor] | None = None
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Copies on the CPU, for a checkpoint."""
+        return {} if self.flat is None else {"flat": [tensor.cpu().clone() for tensor in self.flat]}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]], device: torch.device) -> None:
+        """The reverse."""
+        self.flat = [tensor.to(device) for tensor in state["flat"]] if state else None
+
+
+class Ascent(NamedTuple):
+    """What is known once the passes at the unperturbed weights are done."""
+
+    loss_B: Tensor
+    eps: Perturbation
+    recycled: list[Tensor]
+    """The gradient at w that `descent: recycled` mixes in, on the parameters of `eps`."""
+    selection: Coordination | None
+    """Under way where the scores are known without the perturbed weights."""
+
+
 def esam_step(
-    engine: Engine, batch: Batch, rule: Rule, *, lr: float, ranks: Ranks, seed: tuple[int, ...], clock: PhaseClock
+    engine: Engine,
+    batch: Batch,
+    rule: Rule,
+    *,
+    lr: float,
+    ranks: Ranks,
+    seed: tuple[int, ...],
+    clock: PhaseClock,
+    memory: Memory,
 ) -> StepStats:
     """Train on one micro-batch; the engine updates the weights when it was the last one of its update.
 
-    `seed` names the micro-batch within the run: everything random in the step is a function of it and of the rank,
+    `seed` names the batch within the run, this rank's among all: everything random in the step is a function of it,
     so there is no random state to carry from step to step, or to save.
     """
-    generator = seed_step(*seed, ranks.rank)
-    if rule.rho == 0.0:
-        return _plain_step(engine, batch, rule, lr, clock)
+    generator = seed_step(*seed)
+    if rule.is_plain:
+        return _one_pass(engine, batch, rule, lr, clock, None)
+    if rule.name == "msam":
+        return _one_pass(engine, batch, rule, lr, clock, _along_momentum(engine, rule))
 
-    # 1. The only forward that moves BatchNorm statistics; this rank's own ascent direction, without traffic.
-    randomness = _random_state(batch.images.device)
-    loss_B = per_sample_loss(engine.module(batch.images), batch.labels, rule)
-    drawn = perturb.draw_tensors(engine.module, rule.beta, generator)
-    grads = torch.autograd.grad(engine.scale(loss_B.mean()), drawn, allow_unused=True)
-    used = [(param, grad) for param, grad in zip(drawn, grads, strict=True) if grad is not None]
-    eps = perturb.ascent(
-        [param for param, _ in used],
-        [grad for _, grad in used],
-        perturb.radius(rule.rho, rule.beta, rule.swp_scale),
-    )
-    loss_B = loss_B.detach()
+    # 1. This rank's own ascent direction, without traffic. Only here do BatchNorm's statistics move.
+    before = Randomness.now(batch.images.device)
+    ascent = _ascend(engine, batch, rule, generator, ranks)
+    loss_B = ascent.loss_B
     clock.end("ascent")
-
-    with perturb.frozen_batchnorm(engine.module), perturb.perturbed(eps):
-        # 2. SDS: the samples whose loss rises most, chosen among all ranks or within each.
-        kept = Kept(torch.arange(len(loss_B), device=loss_B.device), 1.0 / len(loss_B), loss_B.new_tensor(torch.nan))
-        score_B = None
-        if rule.gamma < 1.0:
-            with torch.no_grad(), _replayed(randomness, batch.images.device):
-                score_B = per_sample_loss(engine.module(batch.images), batch.labels, rule) - loss_B
-            clock.end("score")
-            kept = coordinate(score_B, rule.gamma, rule.scope, ranks)
-            clock.end("select")
-        # 3. The descent gradient at w + eps: the engine averages it over ranks.
-        loss_D = per_sample_loss(engine(batch.images[kept.index_D]), batch.labels[kept.index_D], rule)
-        engine.backward(loss_D.sum() * kept.weight)
-        rise = (loss_D.detach() - loss_B[kept.index_D]) if score_B is None else score_B
+    if rule.reuses and memory.flat is not None:
+        clean = _unscaled(engine, ascent.eps)
+        _average(engine, ascent.eps, descent.with_flat_part(clean, memory.flat, rule.alpha))
+        kept, rise = keep_all(loss_B), torch.full_like(loss_B, torch.nan)
+    else:
+        keeps_clean = rule.descent != "kept"
+        with frozen_batchnorm(engine.module), perturbed(ascent.eps, keep_directions=keeps_clean):
+            # 2. The samples whose loss rises most, among all ranks or within each.
+            kept, rise_B = _keep(engine, batch, rule, ascent, before, ranks, clock)
+            # 3. The gradient at w + eps, averaged over ranks by the engine.
+            loss_D = _descend(engine, batch, rule, ascent, kept, ranks, memory)
+            rise = loss_D - loss_B[kept.index_D] if rise_B is None else rise_B
     clock.end("descent")
 
     # 4. The update, at w.
     grad_norm = engine.step(lr)
     clock.end("update")
-    num_kept = loss_B.new_tensor(float(len(kept.index_D)))
-    return StepStats(loss_B.mean(), rise.mean(), num_kept, kept.threshold, 1.0 - eps.finite.float(), grad_norm)
+    skipped = (~ascent.eps.finite).float()
+    return StepStats(loss_B.mean(), rise.mean(), kept.num_kept, kept.threshold, skipped, grad_norm)
 
 
-class Kept(NamedTuple):
-    """The samples of this rank's batch that the descent uses."""
+def _ascend(engine: Engine, batch: Batch, rule: Rule, generator: torch.Generator, ranks: Ranks) -> Ascent:
+    """Forward at w, gradient of the drawn tensors, and the selection begun where it needs no perturbed weights."""
+    drawn = swp.draw(engine.module, rule.swp, rule.beta, generator)
+    selection: Coordination | None = None
+    selects_early = rule.gamma < 1.0 and rule.score != "forward"
+    if selects_early and rule.score == "random":
+        random_B = torch.rand(len(batch.labels), generator=generator).to(batch.images.device)
+        selection = Coordination(random_B, rule, ranks)
+        if rule.descent == "recycled_exact":
+            return _ascend_in_parts(engine, batch, rule, drawn.params, selection)
+    with score.inputs_of(score.find_head(engine.module) if rule.score == "head" else None) as inputs:
+        logits_BK = engine.module(batch.images)
+    loss_B = per_sample_loss(logits_BK, batch.labels, rule)
+    if selects_early and rule.score == "loss":
+        selection = Coordination(loss_B.detach(), rule, ranks)
+    if selects_early and rule.score == "head":
+        targets_BK = score.targets_of(batch.labels, logits_BK.shape[1], rule.label_smoothing)
+        selection = Coordination(score.head_rise(logits_BK.detach(), targets_BK, inputs[0]), rule, ranks)
+    grads = torch.autograd.grad(engine.scale(loss_B.mean()), drawn.params, allow_unused=True)
+    eps = _perturbation(drawn, grads, rule, generator)
+    return Ascent(loss_B.detach(), eps, eps.directions, selection)
 
-    index_D: Tensor
-    """Positions in the batch, ascending."""
-    weight: float
-    """Of each sample's loss: with it, the gradient averaged over ranks is the mean over all ranks' kept samples."""
-    threshold: Tensor
-    """The smallest score kept, over the samples that competed."""
 
+def _ascend_in_parts(
+    engine: Engine, batch: Batch, rule: Rule, params: list[torch.nn.Parameter], selection: Coordination
+) -> Ascent:
+    """The kept samples and the rest in passes of their own, so that only the rest's gradient is recycled.
 
-def coordinate(score_B: Tensor, gamma: float, scope: str, ranks: Ranks) -> Kept:
-    """Keep the share `gamma` with the largest scores, of each rank's batch or (`scope` global) of all ranks' batches.
-
-    A global selection all-gathers the scores, four bytes a sample, and every rank derives the same answer from them.
+    BatchNorm normalises each part by itself; its statistics move with the rest, the larger part.
     """
-    if scope == "rank":
-        kept_B = selection.select(score_B.unsqueeze(0), gamma)[0]
-        num_kept = selection.num_kept(gamma, len(score_B))
-        # A count known beforehand needs no word from the device.
-        index_D = kept_B.byte().argsort(descending=True, stable=True)[:num_kept]
-        return Kept(index_D, 1.0 / num_kept, selection.threshold(score_B, kept_B))
-    score_WB = ranks.gather(score_B)
-    kept_WB = selection.select(score_WB, gamma)
-    kept_total = selection.num_kept(gamma, score_WB.numel(), at_least=ranks.world_size)
-    index_D = kept_WB[ranks.rank].nonzero().squeeze(1)
-    return Kept(index_D, ranks.world_size / kept_total, selection.threshold(score_WB, kept_WB))
+    kept = selection.end()
+    is_kept_B = torch.zeros(len(batch.labels), dtype=torch.bool, device=batch.labels.device)
+    is_kept_B[kept.index_D] = True
+    rest = is_kept_B.byte().argsort(stable=True)[: len(is_kept_B) - selection.num_within_rank]
+    loss_B = torch.empty(len(batch.labels), device=batch.images.device)
+    parts = []
+    for index, frozen in ((rest, False), (kept.index_D, True)):
+        with frozen_batchnorm(engine.module if frozen else torch.nn.Module()):
+            loss = per_sample_loss(engine.module(batch.images[index]), batch.labels[index], rule)
+        parts.append(list(torch.autograd.grad(engine.scale(loss.mean()), params)))
+        loss_B[index] = loss.detach()
+    share = selection.num_within_rank / len(loss_B)
+    whole = list(torch._foreach_lerp(parts[0], parts[1], share))
+    return Ascent(loss_B, perturb.along(params, whole, rule.radius), parts[0], selection)
+
+
+def _perturbation(
+    drawn: swp.Draw, grads: tuple[Tensor | None, ...], rule: Rule, generator: torch.Generator
+) -> Perturbation:
+    used = [(param, grad) for param, grad in zip(drawn.params, grads, strict=True) if grad is not None]
+    params, directions = [param for param, _ in used], [grad for _, grad in used]
+    if drawn.factors is not None:
+        factors = [f for f, grad in zip(drawn.factors, grads, strict=True) if grad is not None]
+        torch._foreach_mul_(directions, factors)
+    if drawn.keep_element < 1.0:
+        swp.mask_elements(directions, drawn.keep_element, generator)
+    if rule.adaptive_eta is not None:
+        return perturb.along_adaptive(params, directions, rule.radius, rule.adaptive_eta)
+    return perturb.along(params, directions, rule.radius)
+
+
+def _keep(
+    engine: Engine,
+    batch: Batch,
+    rule: Rule,
+    ascent: Ascent,
+    before: Randomness,
+    ranks: Ranks,
+    clock: PhaseClock,
+) -> tuple[Kept, Tensor | None]:
+    """The samples to keep, and the rise of every loss where it was measured."""
+    if rule.gamma >= 1.0:
+        return keep_all(ascent.loss_B), None
+    rise_B, selection = None, ascent.selection
+    if selection is None:
+        # Dropout draws again what it drew in the first forward: else selection would rank noise.
+        with torch.no_grad(), before.replayed():
+            rise_B = per_sample_loss(engine.module(batch.images), batch.labels, rule) - ascent.loss_B
+        clock.end("score")
+        selection = Coordination(rise_B, rule, ranks)
+    kept = selection.end()
+    clock.end("select")
+    return kept, rise_B
+
+
+def _descend(
+    engine: Engine, batch: Batch, rule: Rule, ascent: Ascent, kept: Kept, ranks: Ranks, memory: Memory
+) -> Tensor:
+    """Give the engine the gradient of this step; returns the losses at w + eps, [D]."""
+    images, labels = batch.images[kept.index_D], batch.labels[kept.index_D]
+    if rule.descent in ("gsam", "looksam"):
+        loss_D = per_sample_loss(engine.module(images), labels, rule)
+        grads = torch.autograd.grad(engine.scale(loss_D.mean()), ascent.eps.params)
+        sharp = _unscale(engine, list(grads), None)
+        clean = _unscaled(engine, ascent.eps)
+        if rule.descent == "looksam":
+            memory.flat = ranks.average(descent.flat_part(clean, sharp))
+        else:
+            sharp = descent.surrogate_gap(clean, sharp, rule.alpha)
+        _average(engine, ascent.eps, sharp)
+        return loss_D.detach()
+    loss_D = per_sample_loss(engine(images), labels, rule)
+    loss = kept.mean_over_ranks(loss_D)
+    if rule.descent != "kept":
+        # Where the ascent gradient was not finite there is nothing to recycle.
+        share = torch.where(ascent.eps.finite, 1.0 - rule.gamma, 0.0)
+        loss = (1.0 - share) * loss + descent.inject(ascent.eps.params, _unscale(engine, ascent.recycled, share))
+    engine.backward(loss)
+    return loss_D.detach()
+
+
+def _one_pass(
+    engine: Engine, batch: Batch, rule: Rule, lr: float, clock: PhaseClock, eps: Perturbation | None
+) -> StepStats:
+    """A step of the base optimizer, at w or (MSAM) at weights perturbed without a pass."""
+
+    def descend() -> Tensor:
+        loss = per_sample_loss(engine(batch.images), batch.labels, rule).mean()
+        engine.backward(loss)
+        return loss.detach()
+
+    if eps is None:
+        loss = descend()
+    else:
+        with perturbed(eps):
+            loss = descend()
+    clock.end("descent")
+    grad_norm = engine.step(lr)
+    clock.end("update")
+    nan, num_kept = torch.full_like(loss, torch.nan), torch.full_like(loss, float(len(batch.labels)))
+    skipped = torch.zeros_like(loss) if eps is None else (~eps.finite).float()
+    return StepStats(loss, nan, num_kept, nan, skipped, grad_norm)
+
+
+def _along_momentum(engine: Engine, rule: Rule) -> Perturbation:
+    """MSAM (Becker et al. 2024, arXiv 2401.12033): `eps = -rho * v / ||v||`, with the optimizer's momentum v."""
+    params = [param for param in engine.module.parameters() if param.requires_grad]
+    return perturb.along(params, list(torch._foreach_neg(engine.momentum(params))), rule.radius)
+
+
+def _average(engine: Engine, eps: Perturbation, grads: list[Tensor]) -> None:
+    """Let the engine average gradients that were computed locally."""
+    engine.backward(engine(lambda: descent.inject(eps.params, grads)))
+
+
+def _unscaled(engine: Engine, eps: Perturbation) -> list[Tensor]:
+    """The ascent gradient as it was; zero where it was not finite."""
+    return _unscale(engine, eps.directions, eps.finite.float())
+
+
+def _unscale(engine: Engine, grads: list[Tensor], factor: Tensor | None) -> list[Tensor]:
+    """`grads` without the engine's loss scale, times `factor`."""
+    one = torch.ones((), device=grads[0].device)
+    scale = engine.scale(one)
+    if scale is one and factor is None:
+        return grads
+    return list(torch._foreach_mul(grads, (one if factor is None else factor) / scale))
 
 
 def per_sample_loss(logits_BK: Tensor, labels: Tensor, rule: Rule) -> Tensor:
     """Cross-entropy of each sample, [B]; `labels` are classes [B] or shares of classes [B, K]."""
     return F.cross_entropy(logits_BK.float(), labels, reduction="none", label_smoothing=rule.label_smoothing)
-
-
-def seed_step(*names: int) -> torch.Generator:
-    """Seed torch's own generators for one step, and return one more for the draws that are ours."""
-    own, ours = np.random.SeedSequence(names).generate_state(2, np.uint64)
-    torch.manual_seed(int(own))
-    return torch.Generator().manual_seed(int(ours))
-
-
-def _plain_step(engine: Engine, batch: Batch, rule: Rule, lr: float, clock: PhaseClock) -> StepStats:
-    loss = per_sample_loss(engine(batch.images), batch.labels, rule).mean()
-    engine.backward(loss)
-    clock.end("descent")
-    grad_norm = engine.step(lr)
-    clock.end("update")
-    loss = loss.detach()
-    zero, num_kept = torch.zeros_like(loss), loss.new_tensor(float(len(batch.labels)))
-    return StepStats(loss, zero, num_kept, loss.new_tensor(torch.nan), zero, grad_norm)
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-@contextmanager
-def _replayed(state: Tensor, device: torch.device) -> Iterator[None]:
-    """Dropout and DropPath draw again what they drew after `state` was taken: else selection would rank noise."""
-    set_state = torch.cuda.set_rng_state if device.type == "cuda" else torch.set_rng_state
-    now = _random_state(device)
-    set_state(state)
-    try:
-        yield
-    finally:
-        set_state(now)

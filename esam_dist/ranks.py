@@ -20,6 +20,21 @@ T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
+@dataclass
+class Pending:
+    """A collective under way."""
+
+    _result: Tensor
+    _work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """Its result. On a GPU the stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among all: `rank` of `world_size`, the `local_rank`-th on its node, computing on `device`."""
@@ -41,20 +56,33 @@ class Ranks:
         """Whether this is rank 0, the one that writes."""
         return self.rank == 0
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's `tensor`, in the order of ranks: [W, *tensor.shape]."""
+    def gather_later(self, tensor: Tensor) -> Pending:
+        """Begin to collect every rank's `tensor`: `wait` returns [W, *tensor.shape], in the order of ranks."""
         if self.world_size == 1:
-            return tensor.unsqueeze(0)
+            return Pending(tensor.unsqueeze(0), None)
         # Flat: gloo takes the concatenated form only, nccl either.
         gathered = tensor.new_empty(self.world_size * tensor.numel())
-        dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1))
-        return gathered.view(self.world_size, *tensor.shape)
+        work = dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), async_op=True)
+        return Pending(gathered.view(self.world_size, *tensor.shape), work)
+
+    def sum_later(self, tensor: Tensor) -> Pending:
+        """Begin to sum `tensor` over ranks, in place: `wait` returns it."""
+        work = dist.all_reduce(tensor, async_op=True) if self.world_size > 1 else None
+        return Pending(tensor, work)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over ranks, and return it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def average(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The mean over ranks of each tensor, in one all-reduce."""
+        if self.world_size == 1 or not tensors:
+            return tensors
+        flat = self.sum_(torch.cat([tensor.flatten() for tensor in tensors])).div_(self.world_size)
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def share(self, value: T | None) -> T:
         """Rank 0's `value` (plain values and CPU tensors) on every rank."""
@@ -75,11 +103,8 @@ class Ranks:
         identical to the bit, so that validation and checkpoints do not depend on which rank is asked.
         """
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-        if self.world_size == 1 or not buffers:
-            return
-        flat = self.sum_(torch.cat([buffer.flatten() for buffer in buffers])).div_(self.world_size)
-        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
-        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+        if self.world_size > 1 and buffers:
+            torch._foreach_copy_(buffers, self.average(buffers))
 
 
 @contextmanager

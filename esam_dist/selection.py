@@ -1,35 +1,60 @@
 """Which samples the descent keeps (SDS, section 3.3 of the ESAM paper): pure tensors in, mask out.
 
-Shapes: W ranks, B samples per rank.
+Two transports carry a choice among all ranks' samples. `scores`: every rank gathers every score, and `select` is
+exact. `thresholds`: every rank gathers a fixed number of each rank's `quantiles`, derives one `shared_threshold` from
+them, and keeps its own samples at or above it (`select_above`). Nothing here communicates, or asks the device for a
+number.
+
+Shapes: W ranks, B samples per rank, Q quantiles per rank.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 
-def num_kept(fraction: float, num_samples: int, at_least: int = 1) -> int:
-    """How many of `num_samples` a share `fraction` keeps: rounded half up, never fewer than `at_least`."""
-    return min(num_samples, max(at_least, int(fraction * num_samples + 0.5)))
+def num_kept(fraction: float, num_samples: int, at_least: int = 1, at_most: int | None = None) -> int:
+    """How many of `num_samples` a share `fraction` keeps: rounded half up, then held within the bounds."""
+    most = num_samples if at_most is None else min(num_samples, at_most)
+    return min(most, max(at_least, int(fraction * num_samples + 0.5)))
 
 
-def select(scores_WB: Tensor, fraction: float) -> Tensor:
-    """Keep the share `fraction` of all samples with the largest scores, and at least one of every rank.
+def capacity(fraction: float, num_samples: int, factor: float) -> int:
+    """The most that one rank may keep of its `num_samples`: `factor` times its even share, rounded up, at least one.
+
+    As in mixture-of-experts routing (GShard, arXiv 2006.16668, section 2.2). Raises ValueError for a factor below 1,
+    with which the ranks together could not keep the share `fraction`.
+    """
+    if not factor >= 1.0:
+        raise ValueError(f"capacity factor {factor} is below 1: full ranks could not keep {fraction} of a batch")
+    # 0.07 * 100 is 7.000000000000001, and seven samples are meant.
+    return max(1, math.ceil(min(factor * fraction, 1.0) * num_samples - 1e-9))
+
+
+def select(scores_WB: Tensor, fraction: float, capacity: int | None = None) -> Tensor:
+    """Keep the share `fraction` of all samples with the largest scores: of every rank at least one, at most `capacity`.
 
     `scores_WB`: float [W, B]; a score that is NaN ranks last. Returns bool [W, B] with exactly
-    `num_kept(fraction, W * B, at_least=W)` samples kept. Equal scores are kept in the order of rank, then of
-    position, so every rank that sees the same scores comes to the same answer.
+    `num_kept(fraction, W * B, at_least=W, at_most=W * capacity)` samples kept. What overflows a full rank is not
+    dropped: the next best samples of ranks with room take its place. No other choice within the same bounds keeps a
+    larger sum of scores, and the total depends on the shapes alone, so every rank knows it without counting.
+
+    Equal scores are kept in the order of their place in their rank's own ranking (equal ones there: as they lie in
+    the batch), then of rank: every rank that sees the same scores comes to the same answer, and where many samples
+    tie, as losses do that have reached zero, the ranks share them evenly.
     """
     W, B = scores_WB.shape
-    ranking = _finite(scores_WB)
+    limit = _limit(B, capacity)
+    ranked_WB, order_WB = _finite(scores_WB).sort(dim=1, descending=True, stable=True)
     # Each rank's best sample goes first, whatever its score: a rank without work would stall the collectives.
-    best = torch.zeros_like(ranking, dtype=torch.bool)
-    best.scatter_(1, ranking.argmax(dim=1, keepdim=True), value=True)
-    ranking = ranking.masked_fill(best, torch.inf).flatten()
-    kept = torch.zeros(W * B, dtype=torch.bool, device=scores_WB.device)
-    kept[ranking.argsort(descending=True, stable=True)[: num_kept(fraction, W * B, at_least=W)]] = True
-    return kept.view(W, B)
+    ranked_WB[:, 0] = torch.inf
+    best_first = ranked_WB[:, :limit].T.flatten().argsort(descending=True, stable=True)
+    kept = torch.zeros(B * W, dtype=torch.bool, device=scores_WB.device)
+    kept.scatter_(0, best_first[: num_kept(fraction, W * B, at_least=W, at_most=W * limit)], value=True)
+    return torch.zeros_like(order_WB, dtype=torch.bool).scatter_(1, order_WB, kept.view(B, W).T)
 
 
 def threshold(scores_WB: Tensor, kept_WB: Tensor) -> Tensor:
@@ -37,7 +62,87 @@ def threshold(scores_WB: Tensor, kept_WB: Tensor) -> Tensor:
     return _finite(scores_WB).masked_fill(~kept_WB, torch.inf).min()
 
 
+def quantiles(score_B: Tensor, num_quantiles: int, capacity: int | None = None) -> Tensor:
+    """What one rank tells the others about its scores: float64 [Q], `8 * num_quantiles` bytes whatever B is.
+
+    The rank's best sample is kept anyway and not mentioned. Its next ones, down to `capacity` (all, if None), are cut
+    in their order into Q blocks of almost equal size, and each block is represented by its middle sample.
+    """
+    limit = _limit(len(score_B), capacity)
+    ends = _block_ends(limit, num_quantiles, score_B.device)
+    middle_Q = ends[:-1] + (ends.diff() + 1).div(2, rounding_mode="floor")
+    return _distinct(score_B).sort(descending=True).values[middle_Q]
+
+
+def shared_threshold(quantiles_WQ: Tensor, fraction: float, num_samples: int, capacity: int | None = None) -> Tensor:
+    """The score above which all ranks together keep about the share `fraction` of W * `num_samples`: float64 scalar.
+
+    `quantiles_WQ`: every rank's `quantiles`, of `num_samples` each and made with the same `capacity`. With the
+    result, the ranks' `select_above` together keep k samples more or fewer than `select` does, where
+
+        k <= W * floor(b / 2) + floor(j / 2),    b = ceil((capacity - 1) / Q)
+
+    is the largest block, and j is b where no two ranks hold equal scores and W * b in general; so k <= W * b always.
+    A rank's number above a value is known to within half a block (of its blocks, those whose middle lies above count
+    whole), and from one value to the next the estimate moves by j, of which the nearer end is taken. With
+    Q >= capacity - 1 and no equal scores among ranks, k = 0. Random errors mostly cancel: see docs/coordination.md.
+    """
+    W, Q = quantiles_WQ.shape
+    limit = _limit(num_samples, capacity)
+    wanted = num_kept(fraction, W * num_samples, at_least=W, at_most=W * limit) - W
+    value, order = quantiles_WQ.flatten().sort(descending=True)
+    size_Q = _block_ends(limit, Q, value.device).diff()
+    above = size_Q.repeat(W)[order].cumsum(0)
+    # Equal values stand or fall together.
+    above = above[torch.searchsorted(-value, -value, right=True) - 1]
+    # All and nothing, besides: their numbers are known exactly, so they come first in a tie.
+    values = torch.cat([value.new_full((1,), -torch.inf), value.new_full((1,), torch.inf), value])
+    above = torch.cat([above.new_full((1,), W * (limit - 1)), above.new_zeros(1), above])
+    return values.gather(0, (above - wanted).abs().argmin(keepdim=True)).squeeze(0)
+
+
+def select_above(score_B: Tensor, threshold: Tensor, capacity: int | None = None) -> Tensor:
+    """Keep this rank's samples at or above the `shared_threshold`, the best one in any case: bool [B].
+
+    At most `capacity` of them, the best; NaN ranks last. Overflow is dropped here, but `shared_threshold` has not
+    counted on it: made with the same `capacity`, it already lies lower by what full ranks cannot take.
+    """
+    limit = _limit(len(score_B), capacity)
+    ranked_B, order_B = _distinct(score_B).sort(descending=True)
+    kept_B = ranked_B >= threshold
+    kept_B[0] = True
+    kept_B[limit:] = False
+    return torch.zeros_like(kept_B).scatter_(0, order_B, kept_B)
+
+
+def _limit(num_samples: int, capacity: int | None) -> int:
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity {capacity} leaves a rank without a sample: it must be at least 1")
+    return num_samples if capacity is None else min(num_samples, capacity)
+
+
+def _block_ends(limit: int, num_blocks: int, device: torch.device) -> Tensor:
+    """Where the blocks of a rank's samples 1 .. `limit` - 1, its best being sample 0, begin and end: int [Q + 1]."""
+    return (torch.arange(num_blocks + 1, device=device) * (limit - 1)).div(num_blocks, rounding_mode="floor")
+
+
 def _finite(scores: Tensor) -> Tensor:
     """Scores with +inf and -inf at the ends of the finite range, so that +inf stays free, and NaN below them."""
     limits = torch.finfo(scores.dtype)
     return scores.nan_to_num(nan=-torch.inf, posinf=limits.max, neginf=limits.min)
+
+
+def _distinct(score_B: Tensor) -> Tensor:
+    """Finite values in the order of `score_B` as float32, no two alike: float64 [B], NaN lowest.
+
+    A float32 leaves the low 29 bits of a float64 at zero; the position goes there, so that of equal scores the first
+    in the batch ranks first. Else a threshold could not part equal scores, such as losses that have reached zero, and
+    would keep all of them or none.
+    """
+    limit = torch.finfo(torch.float32).max
+    wide_B = score_B.float().double().nan_to_num(nan=-2.0 * limit, posinf=limit, neginf=-limit)
+    # Zero would become a denormal number, which some processors' settings take for zero.
+    wide_B = wide_B.masked_fill(wide_B == 0.0, 2.0**-200)
+    position_B = torch.arange(len(score_B), device=score_B.device)
+    offset_B = torch.where(wide_B < 0.0, position_B, len(score_B) - 1 - position_B)
+    return (wide_B.view(torch.int64) + offset_B).view(torch.float64)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 
 from esam_dist import config
+from esam_dist.batchnorm import GroupStatistics
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.clock import PhaseClock
-from esam_dist.data import TrainData, ValidationData
+from esam_dist.data import Batch, TrainData, ValidationData
 from esam_dist.engine import Engine
 from esam_dist.errors import UserError
-from esam_dist.esam import Rule, StepStats, esam_step
+from esam_dist.esam import Memory, StepStats, esam_step
 from esam_dist.evaluate import evaluate
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
 from esam_dist.ranks import Ranks
+from esam_dist.rule import Rule
 from esam_dist.schedule import learning_rate
 
 
@@ -46,6 +48,7 @@ def train(
     metrics: Metrics,
     checkpoints: Checkpoints,
     state: TrainState,
+    memory: Memory,
     stop_requested: Callable[[], bool],
 ) -> bool:
     """Train until the configuration's end, moving `state` along; True when it was reached, False when stopped.
@@ -61,14 +64,17 @@ def train(
     engine.module.train()
     while state.step < last_step:
         epoch = state.samples_seen / data.num_samples
-        rule = Rule.at(epoch, cfg.method, cfg.train.label_smoothing)
+        rule = Rule.at(cfg, step=state.step, epoch=epoch)
         lr = learning_rate_at(epoch, cfg)
         for micro in range(cfg.train.accumulate):
             clock.start()
             batch = next(batches)
             clock.end("data")
             seed = (cfg.run.seed, state.step, micro)
-            window.add(esam_step(engine, batch, rule, lr=lr, ranks=ranks, seed=seed, clock=clock))
+            for stats in micro_batch(
+                engine, batch, rule, cfg.method.group_size, lr=lr, ranks=ranks, seed=seed, clock=clock, memory=memory
+            ):
+                window.add(stats)
         ranks.average_buffers(engine.module)
         state.step += 1
         state.samples_seen += samples_per_step
@@ -88,11 +94,37 @@ def train(
             accuracy = _validate(engine, validation, ranks, metrics, state, data.num_samples)
             window.restart()
         if saves or stops or validates:
-            _save(engine, state, ranks, metrics, checkpoints, accuracy)
+            _save(engine, state, memory, ranks, metrics, checkpoints, accuracy)
             window.restart()
         if stops:
             return is_last
     return True
+
+
+def micro_batch(
+    engine: Engine,
+    batch: Batch,
+    rule: Rule,
+    group_size: int,
+    *,
+    lr: float,
+    ranks: Ranks,
+    seed: tuple[int, ...],
+    clock: PhaseClock,
+    memory: Memory,
+) -> Iterator[StepStats]:
+    """One step for each group of `group_size` samples (0: the batch is the group), as if each had a rank of its own."""
+    size = group_size or len(batch.labels)
+    num_groups = len(batch.labels) // size
+    statistics = GroupStatistics(engine.module) if num_groups > 1 else None
+    for group, start in enumerate(range(0, len(batch.labels), size)):
+        part = Batch(batch.images[start : start + size], batch.labels[start : start + size])
+        names = (*seed, ranks.rank * num_groups + group)
+        yield esam_step(engine, part, rule, lr=lr, ranks=ranks, seed=names, clock=clock, memory=memory)
+        if statistics:
+            statistics.end_group()
+    if statistics:
+        statistics.finish()
 
 
 def final_step(cfg: config.Config, state: TrainState, num_samples: int, samples_per_step: int) -> int:
@@ -143,7 +175,7 @@ class Window:
         phases = clock.drain()
         elapsed = time.perf_counter() - self._start_time
         W = self._ranks.world_size
-        mean = torch.stack([stats.loss.mean(), stats.sharpness.mean(), stats.num_kept.sum(), stats.skipped.sum()])
+        mean = torch.stack([stats.loss.mean(), stats.sharpness.nanmean(), stats.num_kept.sum(), stats.skipped.sum()])
         loss, sharpness, kept, skipped, stops, waited = self._ranks.sum_(
             torch.cat([mean, mean.new_tensor([float(stop), sum(phases.get("data", []))])])
         ).tolist()
@@ -210,6 +242,7 @@ def _validate(
 def _save(
     engine: Engine,
     state: TrainState,
+    memory: Memory,
     ranks: Ranks,
     metrics: Metrics,
     checkpoints: Checkpoints,
@@ -218,5 +251,6 @@ def _save(
     start = time.perf_counter()
     engine_state = engine.state_dict()
     if ranks.is_first:
-        checkpoints.save({"engine": engine_state, "train": asdict(state)}, state.step, accuracy)
+        whole = {"engine": engine_state, "train": asdict(state), "method": memory.state_dict()}
+        checkpoints.save(whole, state.step, accuracy)
     metrics.checkpoint_saved(state.step, time.perf_counter() - start)

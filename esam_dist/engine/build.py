@@ -14,12 +14,14 @@ from esam_dist.ranks import Ranks
 def build_engine(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
     """The engine that `engine.name` asks for, with the optimizer that `optim` describes."""
     optimizer = build_optimizer(module, cfg.optim)
+    num_groups = cfg.data.batch_size // (cfg.method.group_size or cfg.data.batch_size)
+    accumulate = cfg.train.accumulate * num_groups
     if cfg.engine.name == "deepspeed":
         from esam_dist.engine.deepspeed import DeepSpeedEngine, deepspeed_config
 
         ds_config = deepspeed_config(
-            batch_size=cfg.data.batch_size,
-            accumulate=cfg.train.accumulate,
+            batch_size=cfg.data.batch_size // num_groups,
+            accumulate=accumulate,
             zero_stage=cfg.engine.zero_stage,
             clip_grad_norm=cfg.optim.clip_grad_norm,
         )
@@ -28,7 +30,7 @@ def build_engine(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
         module,
         optimizer,
         ranks,
-        accumulate=cfg.train.accumulate,
+        accumulate=accumulate,
         clip_grad_norm=cfg.optim.clip_grad_norm,
         fp16=cfg.train.precision == "fp16",
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esam_dist.engine.state import initial_state, load_by_name, model_state, state_by_name
+from esam_dist.engine.state import initial_state, load_by_name, model_state, momentum_key, momentum_of, state_by_name
 from esam_dist.ranks import Ranks
 
 
@@ -52,7 +53,7 @@ class DeepSpeedEngine:
         if self._stage > 0:
             self._make_shards()
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor | Callable[[], Tensor]) -> Tensor:
         """See `Engine`."""
         return self._ds(images)  # type: ignore[no-any-return]
 
@@ -79,6 +80,14 @@ class DeepSpeedEngine:
         if ends_update and self._stage > 0:
             grad_norm = self._ds.get_global_grad_norm()
         return torch.as_tensor(grad_norm, dtype=torch.float32, device=self._device)
+
+    def momentum(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """See `Engine`."""
+        if self._stage == 0:
+            return momentum_of(self._optimizer, params)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return [safe_get_full_optimizer_state(param, momentum_key(self._optimizer)) for param in params]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`. The shards of ZeRO are joined parameter by parameter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from esam_dist.engine.state import load_by_name, state_by_name
+from esam_dist.engine.state import load_by_name, momentum_of, state_by_name
 from esam_dist.ranks import Ranks
 
 
@@ -44,7 +45,7 @@ class NativeEngine:
             options: dict[str, Any] = {unsynced: False}
             self._ddp = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor | Callable[[], Tensor]) -> Tensor:
         """See `Engine`."""
         if self._ddp is None:
             return self.module(images)  # type: ignore[no-any-return]
@@ -78,6 +79,10 @@ class NativeEngine:
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def momentum(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """See `Engine`."""
+        return momentum_of(self._optimizer, params)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`."""

@@ -46,3 +46,17 @@ def initial_state(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str,
     if isinstance(optimizer, torch.optim.AdamW):
         return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
     return {"momentum_buffer": torch.zeros_like(tensor)} if optimizer.defaults["momentum"] else {}
+
+
+def momentum_key(optimizer: torch.optim.Optimizer) -> str:
+    """Under which name SGD or AdamW keeps its momentum."""
+    return "exp_avg" if isinstance(optimizer, torch.optim.AdamW) else "momentum_buffer"
+
+
+def momentum_of(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
+    """Copies of the momentum of `params`; zero where there has been no update."""
+    key = momentum_key(optimizer)
+    kept = [optimizer.state[param].get(key) if param in optimizer.state else None for param in params]
+    return [
+        torch.zeros_like(param) if value is None else value.clone() for param, value in zip(params, kept, strict=True)
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,14 @@ class Classifier(nn.Module):
         self.network = network
         self._autocast_type = AUTOCAST_TYPES[precision]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K], float32."""
+    def forward(self, images: Tensor | Callable[[], Tensor]) -> Tensor:
+        """Logits [B, K], float32.
+
+        Instead of images, a function of no arguments is called, and its result returned: so a gradient that was
+        computed elsewhere passes through the wrapper (DDP) that averages gradients.
+        """
+        if not isinstance(images, Tensor):
+            return images()
         if self._autocast_type is None:
             return self.network(images)  # type: ignore[no-any-return]
         with torch.autocast(images.device.type, self._autocast_type):

@@ -1,0 +1,57 @@
+"""BatchNorm's running statistics, moved once per update, at the unperturbed weights, whatever passes it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
+    """Forward passes inside the block leave BatchNorm's running statistics alone, and still normalise by the batch.
+
+    Detaching the statistics is exact even for a batch that is not finite, where a momentum of 0 would multiply 0
+    by nan.
+    """
+    norms = [
+        child
+        for child in module.modules()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training and child.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class GroupStatistics:
+    """Running statistics of groups that share an update as if each were on a rank of its own: from the same start,
+    then averaged. So they do not depend on how the groups are spread over ranks.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self._start = [buffer.clone() for buffer in self._buffers]
+        self._sum: list[Tensor] | None = None
+        self._num_groups = 0
+
+    def end_group(self) -> None:
+        """Take note of the statistics after one group, and return to the start for the next."""
+        if self._sum is None:
+            self._sum = [buffer.clone() for buffer in self._buffers]
+        elif self._buffers:
+            torch._foreach_add_(self._sum, self._buffers)
+        self._num_groups += 1
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._start)
+
+    def finish(self) -> None:
+        """Set the statistics to the mean over the groups."""
+        if self._sum and self._buffers:
+            torch._foreach_copy_(self._buffers, torch._foreach_div(self._sum, self._num_groups))

@@ -1,0 +1,111 @@
+"""Values that are fine alone and make no sense together: each refused in one line that says why and what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from esam_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from esam_dist.config import Config
+
+
+def check(config: Config) -> None:
+    """Raise UserError for the first combination in `config` that is refused."""
+    faults = [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config)]
+    for is_refused, reason in faults:
+        if is_refused:
+            raise UserError(reason)
+
+
+Faults = list[tuple[bool, str]]
+
+
+def _out_of_range(config: Config) -> Faults:
+    method = config.method
+    faults = [
+        (not 0.0 < value <= 1.0, f"method.{key} = {value:g} is out of range; give a share in (0, 1]")
+        for key, schedule in (("beta", method.beta), ("gamma", method.gamma))
+        for value in schedule.values()
+    ]
+    return faults + [
+        (value < 0.0, f"method.rho = {value:g} is negative; give a radius >= 0") for value in method.rho.values()
+    ]
+
+
+def _optimizer(config: Config) -> Faults:
+    optim = config.optim
+    return [
+        (
+            optim.nesterov and (optim.name != "sgd" or optim.momentum == 0.0),
+            "optim.nesterov = true needs optim.name = sgd and optim.momentum > 0; set it to false",
+        ),
+        (
+            optim.schedule == "step" and not optim.step_epochs,
+            "optim.schedule = step needs optim.step_epochs, such as [30, 60, 80]",
+        ),
+    ]
+
+
+def _method(config: Config) -> Faults:
+    method, esam = config.method, config.method.name == "esam"
+    whole = method.swp == "tensor" and set(method.beta.values()) == {1.0}
+    return [
+        (
+            method.descent != "kept" and not (esam and whole),
+            f"method.descent = {method.descent} recycles the gradient of all weights: it needs method.name = esam, "
+            "method.swp = tensor and method.beta = 1",
+        ),
+        (
+            method.descent == "recycled_exact" and (method.score != "random" or method.scope != "rank"),
+            "method.descent = recycled_exact chooses the samples before any pass: it needs method.score = random "
+            "and method.scope = rank",
+        ),
+        (
+            method.transport == "thresholds" and method.scope != "global",
+            "method.transport = thresholds exchanges them between ranks: it needs method.scope = global",
+        ),
+        (
+            method.capacity_factor > 0.0 and method.scope != "global",
+            "method.capacity_factor limits a rank's share of a global selection: it needs method.scope = global",
+        ),
+        (
+            0.0 < method.capacity_factor < 1.0,
+            f"method.capacity_factor = {method.capacity_factor:g} would keep fewer than gamma; give at least 1, or 0",
+        ),
+        (
+            method.group_size > 0 and esam and method.scope != "rank",
+            "method.group_size selects within each group: it needs method.scope = rank",
+        ),
+        (
+            method.group_size > 0 and config.data.batch_size % method.group_size != 0,
+            f"method.group_size = {method.group_size} does not divide data.batch_size = {config.data.batch_size}",
+        ),
+        (
+            method.name == "looksam" and method.interval == 1,
+            "method.name = looksam reuses a direction between perturbations: give method.interval > 1, such as 5",
+        ),
+        (
+            method.name == "msam" and config.optim.momentum == 0.0,
+            "method.name = msam perturbs along the momentum: give optim.momentum > 0",
+        ),
+    ]
+
+
+def _engine(config: Config) -> Faults:
+    engine, method, train = config.engine, config.method, config.train
+    zero3 = engine.name == "deepspeed" and engine.zero_stage == 3
+    whole = method.name in ("sgd", "sam") or (method.name == "esam" and set(method.beta.values()) == {1.0})
+    return [
+        (
+            zero3 and not (whole and method.swp == "tensor" and method.descent == "kept" and method.group_size == 0),
+            "engine.zero_stage = 3 shards the weights, so that all ranks share one perturbation of all of them: use "
+            "method.name = sgd or sam, or esam with beta = 1, swp = tensor, descent = kept and group_size = 0; "
+            "or zero_stage 0, 1 or 2",
+        ),
+        (
+            zero3 and train.accumulate > 1,
+            "engine.zero_stage = 3 needs the averaged gradient of one batch: give train.accumulate = 1, or "
+            "zero_stage 0, 1 or 2",
+        ),
+    ]

@@ -1,0 +1,109 @@
+"""Selection over ranks: from each rank's scores to the samples that it keeps, and what they weigh.
+
+Shapes: W ranks, B samples per rank, D samples that this rank runs the descent on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esam_dist import selection
+from esam_dist.ranks import Pending, Ranks
+from esam_dist.rule import Rule
+
+
+class Kept(NamedTuple):
+    """The samples of this rank's batch that the descent uses."""
+
+    index_D: Tensor | slice
+    """Positions in the batch, ascending where the count is exact."""
+    mean_over_ranks: Callable[[Tensor], Tensor]
+    """From each one's loss [D] to a scalar which, averaged over ranks, is the mean over all ranks' kept samples."""
+    num_kept: Tensor
+    """How many count, a scalar on the device; padding does not."""
+    threshold: Tensor
+    """The smallest score kept, over the samples that competed; nan where none did."""
+
+
+def keep_all(loss_B: Tensor) -> Kept:
+    """Every sample: no selection, no copy of the images."""
+    return Kept(
+        slice(None), Tensor.mean, torch.full_like(loss_B[0], len(loss_B)), torch.full_like(loss_B[0], torch.nan)
+    )
+
+
+class Coordination:
+    """One selection: begun when this rank's scores are known, ended when the samples are needed.
+
+    What ranks exchange travels in between, behind whatever this rank computes meanwhile.
+    """
+
+    def __init__(self, score_B: Tensor, rule: Rule, ranks: Ranks) -> None:
+        self._score_B, self._rule, self._ranks = score_B, rule, ranks
+        self._capacity = None
+        if rule.scope == "global" and rule.capacity_factor > 0.0:
+            self._capacity = selection.capacity(rule.gamma, len(score_B), rule.capacity_factor)
+        self._gathered: Pending | None = None
+        if rule.scope == "global":
+            sent = score_B
+            if rule.transport == "thresholds":
+                sent = selection.quantiles(score_B, rule.num_quantiles, self._capacity)
+            self._gathered = ranks.gather_later(sent)
+
+    @property
+    def num_within_rank(self) -> int:
+        """How many a selection within the rank keeps."""
+        return selection.num_kept(self._rule.gamma, len(self._score_B))
+
+    def end(self) -> Kept:
+        """The samples that this rank keeps."""
+        if self._gathered is None:
+            return self._within_rank()
+        if self._rule.transport == "scores":
+            return self._by_scores(self._gathered.wait())
+        return self._by_threshold(self._gathered.wait())
+
+    def _within_rank(self) -> Kept:
+        kept_B = selection.select(self._score_B.unsqueeze(0), self._rule.gamma)[0]
+        # A count known beforehand needs no word from the device.
+        index_D = _first(kept_B, self.num_within_rank)
+        num_kept = torch.full_like(self._score_B[0], self.num_within_rank)
+        return Kept(index_D, Tensor.mean, num_kept, selection.threshold(self._score_B, kept_B))
+
+    def _by_scores(self, score_WB: Tensor) -> Kept:
+        """Every rank sees every score, so all come to the same exact answer, and know how many it keeps."""
+        W, gamma = len(score_WB), self._rule.gamma
+        kept_WB = selection.select(score_WB, gamma, self._capacity)
+        most = None if self._capacity is None else W * self._capacity
+        total = selection.num_kept(gamma, score_WB.numel(), at_least=W, at_most=most)
+        return self._kept(kept_WB[self._ranks.rank], lambda: total, selection.threshold(score_WB, kept_WB))
+
+    def _by_threshold(self, quantiles_WQ: Tensor) -> Kept:
+        """Every rank derives the same threshold; how many that keeps must be told, behind the descent's forward."""
+        score_B, gamma = self._score_B, self._rule.gamma
+        threshold = selection.shared_threshold(quantiles_WQ, gamma, len(score_B), self._capacity)
+        kept_B = selection.select_above(score_B, threshold, self._capacity)
+        total = self._ranks.sum_later(kept_B.sum().float())
+        return self._kept(kept_B, total.wait, threshold)
+
+    def _kept(self, kept_B: Tensor, total: Callable[[], Tensor | int], threshold: Tensor) -> Kept:
+        W, num_kept = self._ranks.world_size, kept_B.sum().float()
+        if self._capacity is None:
+            # The one place of a step where the host waits for the device: the batch's size is the answer.
+            index_D = kept_B.nonzero().squeeze(1)
+            return Kept(index_D, lambda loss_D: loss_D.sum() * (W / total()), num_kept, threshold)
+        # Always `capacity` samples, those not kept with weight 0: no shape depends on the scores.
+        index_D = _first(kept_B, self._capacity)
+        counts_D = kept_B[index_D]
+        return Kept(
+            index_D, lambda loss_D: torch.where(counts_D, loss_D, 0.0).sum() * (W / total()), num_kept, threshold
+        )
+
+
+def _first(kept_B: Tensor, count: int) -> Tensor:
+    """The positions of `count` samples, the kept ones first, in ascending order each."""
+    return kept_B.byte().argsort(descending=True, stable=True)[:count]

@@ -1,0 +1,62 @@
+"""How much each sample matters to the descent: the score by which SDS keeps samples.
+
+Shapes: B samples, K classes, F inputs of the last layer.
+
+forward   the rise of the sample's loss at the perturbed weights (ESAM section 3.3): one more forward pass
+head      its first-order rise through the last linear layer: no pass, known right after the first forward
+loss      the loss itself (K-SAM, Ni et al. 2022, arXiv 2210.12864)
+random    nothing: the control
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esam_dist.errors import UserError
+
+
+def head_rise(logits_BK: Tensor, targets_BK: Tensor, inputs_BF: Tensor) -> Tensor:
+    """First-order rise of each sample's cross-entropy along the gradient of the last layer, up to one common factor.
+
+    With `d_i = softmax(z_i) - y_i`, that layer's gradient on the batch is `G = mean(d_j h_j^T)` for the weight and
+    `mean(d_j)` for the bias; a step along it raises loss i by `d_i . (G h_i + mean(d_j))`. Returns [B], float32.
+    """
+    d_BK = logits_BK.float().softmax(dim=1) - targets_BK
+    h_BF = inputs_BF.float()
+    gradient_KF = d_BK.T @ h_BF
+    return (d_BK * (h_BF @ gradient_KF.T + d_BK.sum(dim=0))).sum(dim=1) / len(d_BK)
+
+
+def targets_of(labels: Tensor, num_classes: int, label_smoothing: float) -> Tensor:
+    """The distribution over classes that cross-entropy compares with: [B, K] from classes [B] or shares [B, K]."""
+    shares = F.one_hot(labels, num_classes).float() if labels.ndim == 1 else labels.float()
+    return shares * (1.0 - label_smoothing) + label_smoothing / num_classes
+
+
+def find_head(module: nn.Module) -> nn.Linear:
+    """The classifier: the last layer, where that is linear. Raises UserError where it is not."""
+    layers = [child for child in module.modules() if next(child.parameters(recurse=False), None) is not None]
+    if not layers or not isinstance(layers[-1], nn.Linear):
+        raise UserError(
+            "method.score = head needs a network whose classifier is a linear layer, and this one has none; "
+            "use method.score = forward"
+        )
+    return layers[-1]
+
+
+@contextmanager
+def inputs_of(head: nn.Linear | None) -> Iterator[list[Tensor]]:
+    """Collects what reaches `head` in the forward passes inside the block, [B, F] each; without a head, nothing."""
+    collected: list[Tensor] = []
+    if head is None:
+        yield collected
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0].detach()))
+    try:
+        yield collected
+    finally:
+        hook.remove()

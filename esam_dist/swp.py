@@ -1,0 +1,95 @@
+"""Stochastic weight perturbation: which weights a step perturbs, and how they are compensated for being drawn rarely.
+
+Source: section 3.2 of the ESAM paper (Du et al. 2022, arXiv 2110.03141) for `element` and, as released, `tensor`;
+SAM-ON (Mueller et al. 2023, arXiv 2306.04226) for `norm`; `suffix` is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+class Draw(NamedTuple):
+    """The tensors that a step perturbs; gradients of the others are never computed."""
+
+    params: list[nn.Parameter]
+    factors: list[float] | None = None
+    """By tensor: multiplies its gradient before the direction is normalised."""
+    keep_element: float = 1.0
+    """Probability with which each single weight of these tensors is perturbed."""
+
+
+def draw(module: nn.Module, mode: str, beta: float, generator: torch.Generator) -> Draw:
+    """The perturbed tensors of one step, drawn from `generator`; `beta` is the expected share.
+
+    tensor    each tensor with probability beta, and never none at all
+    element   each weight with probability beta (the paper's mask): all gradients are needed
+    suffix    the layers behind a random cut through the depth: the ascent's backward pass stops there
+    norm      the affine parameters of all normalisation layers; beta plays no part
+    """
+    params = [param for param in module.parameters() if param.requires_grad]
+    if mode == "norm":
+        return Draw(_affine_of_norms(module))
+    if beta >= 1.0:
+        return Draw(params)
+    if mode == "element":
+        return Draw(params, keep_element=beta)
+    if mode == "suffix":
+        return draw_suffix(params, beta, float(torch.rand((), generator=generator)))
+    lots = torch.rand(len(params), generator=generator)
+    drawn = [param for param, lot in zip(params, lots.tolist(), strict=True) if lot < beta]
+    return Draw(drawn or [params[int(lots.argmin())]])
+
+
+def draw_suffix(params: Sequence[nn.Parameter], beta: float, uniform: float) -> Draw:
+    """The last tensors, by a cut at the share `uniform ** ((1 - beta) / beta)` of the depth: beta on average.
+
+    `params` come in the order of depth and `uniform` from [0, 1). Every tensor has some chance to be perturbed; its
+    gradient is divided by that chance, so that the expectation over cuts of the direction before it is normalised is
+    the gradient itself. Depth is counted in tensors; a cut always falls between two of them.
+    """
+    num = len(params)
+    included = max(1, math.ceil(uniform ** ((1.0 - beta) / beta) * num))
+    factors = [1.0 / suffix_chance(from_last, num, beta) for from_last in reversed(range(included))]
+    return Draw(list(params[num - included :]), factors)
+
+
+def suffix_chance(from_last: int, num_tensors: int, beta: float) -> float:
+    """The probability that `draw_suffix` includes the tensor with `from_last` tensors behind it."""
+    return float(1.0 - (from_last / num_tensors) ** (beta / (1.0 - beta)))
+
+
+def mask_elements(grads: Sequence[Tensor], keep: float, generator: torch.Generator) -> None:
+    """Set each element to zero with probability `1 - keep`, in place; `generator` lives on the gradients' device."""
+    for grad in grads:
+        grad.mul_(torch.empty_like(grad).bernoulli_(keep, generator=generator))
+
+
+def has_norms(module: nn.Module) -> bool:
+    """Whether there is any trainable affine parameter of a normalisation layer."""
+    return bool(_affine_of_norms(module))
+
+
+def _affine_of_norms(module: nn.Module) -> list[nn.Parameter]:
+    affine = [
+        param
+        for child in module.modules()
+        if isinstance(child, NORMS)
+        for param in child.parameters(recurse=False)
+        if param.requires_grad
+    ]
+    # A parameter that two layers share is perturbed once.
+    return list(dict.fromkeys(affine))

@@ -1,0 +1,316 @@
+"""Which samples are kept: exact counts on every input, against a plain Python sort, and the bound of `thresholds`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from esam_dist import selection
+
+LIMIT = torch.finfo(torch.float32).max
+ANY = st.floats(width=32, allow_nan=True, allow_infinity=True)
+TIED = st.sampled_from([0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf])
+FRACTIONS = st.floats(0.0, 1.0)
+
+
+@st.composite
+def tables(draw: st.DrawFn, max_ranks: int = 9) -> Tensor:
+    """Scores [W, B] of any kind: distinct, tied, not finite, or all of one value."""
+    W, B = draw(st.integers(1, max_ranks)), draw(st.integers(1, 24))
+    element = draw(st.sampled_from([ANY, TIED, st.just(draw(TIED)), st.floats(-1.0, 1.0, width=32)]))
+    return torch.tensor(draw(st.lists(element, min_size=W * B, max_size=W * B)), dtype=torch.float32).view(W, B)
+
+
+def capacities(max_capacity: int = 30) -> st.SearchStrategy[int | None]:
+    return st.none() | st.integers(1, max_capacity)
+
+
+def ordered(score: float) -> float:
+    """A score as selection orders it: NaN below all, infinities at the ends of what a float32 holds."""
+    return -math.inf if math.isnan(score) else min(max(score, -LIMIT), LIMIT)
+
+
+def reference(scores_WB: Tensor, fraction: float, capacity: int | None) -> list[list[bool]]:
+    """The rule in plain Python: every rank's best, then one sort over what ranks have room for."""
+    table = [[ordered(score) for score in row] for row in scores_WB.tolist()]
+    W, B = len(table), len(table[0])
+    limit = B if capacity is None else min(B, capacity)
+    total = min(W * limit, max(W, math.floor(fraction * W * B + 0.5)))
+    rankings = [sorted(range(B), key=lambda sample, row=row: (-row[sample], sample))[:limit] for row in table]
+    kept = [[sample == ranking[0] for sample in range(B)] for ranking in rankings]
+    rest = [
+        (-table[rank][sample], place, rank, sample)
+        for rank, ranking in enumerate(rankings)
+        for place, sample in enumerate(ranking)
+        if place > 0
+    ]
+    for _, _, rank, sample in sorted(rest)[: total - W]:
+        kept[rank][sample] = True
+    return kept
+
+
+# select: the exact choice
+
+
+@given(tables(), FRACTIONS, capacities())
+def test_select_agrees_with_a_plain_sort(scores_WB: Tensor, fraction: float, capacity: int | None) -> None:
+    assert selection.select(scores_WB, fraction, capacity).tolist() == reference(scores_WB, fraction, capacity)
+
+
+@given(tables(), FRACTIONS, capacities())
+def test_the_number_kept_depends_on_shapes_alone(scores_WB: Tensor, fraction: float, capacity: int | None) -> None:
+    W, B = scores_WB.shape
+    limit = B if capacity is None else min(B, capacity)
+    kept_WB = selection.select(scores_WB, fraction, capacity)
+    assert int(kept_WB.sum()) == selection.num_kept(fraction, W * B, at_least=W, at_most=W * limit)
+    assert int(kept_WB.sum(1).min()) >= 1
+    assert int(kept_WB.sum(1).max()) <= limit
+
+
+@given(tables(), FRACTIONS, capacities())
+def test_no_sample_left_out_beats_one_kept_unless_its_rank_is_full(
+    scores_WB: Tensor, fraction: float, capacity: int | None
+) -> None:
+    """Exchanging a kept for a left-out sample never gains: for these bounds (a matroid) that makes the sum maximal."""
+    W, B = scores_WB.shape
+    limit = B if capacity is None else min(B, capacity)
+    kept_WB = selection.select(scores_WB, fraction, capacity)
+    number = kept_WB.sum(1).tolist()
+    scores = [[ordered(score) for score in row] for row in scores_WB.tolist()]
+    cells = [(rank, sample) for rank in range(W) for sample in range(B)]
+    for rank_in, kept in cells:
+        for rank_out, left in cells:
+            if kept_WB[rank_in, kept] and not kept_WB[rank_out, left]:
+                may_exchange = rank_in == rank_out or (number[rank_in] > 1 and number[rank_out] < limit)
+                assert not may_exchange or scores[rank_out][left] <= scores[rank_in][kept]
+
+
+@given(tables(), FRACTIONS, capacities(), st.randoms())
+def test_renaming_ranks_renames_the_choice(
+    scores_WB: Tensor, fraction: float, capacity: int | None, random: object
+) -> None:
+    """With distinct scores; of equal scores, the order of ranks decides who keeps the last."""
+    scores_WB = torch.randn(scores_WB.shape, generator=torch.Generator().manual_seed(scores_WB.numel()))
+    order = list(range(len(scores_WB)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    kept_WB = selection.select(scores_WB, fraction, capacity)
+    assert torch.equal(selection.select(scores_WB[order], fraction, capacity), kept_WB[order])
+
+
+@given(st.integers(1, 40), st.integers(1, 40), FRACTIONS)
+def test_equal_scores_are_shared_evenly_among_ranks(W: int, B: int, fraction: float) -> None:
+    number_W = selection.select(torch.zeros(W, B), fraction).sum(1)
+    assert int(number_W.max() - number_W.min()) <= 1
+
+
+@given(tables(), FRACTIONS)
+def test_samples_that_are_nan_are_kept_last(scores_WB: Tensor, fraction: float) -> None:
+    kept_WB = selection.select(scores_WB, fraction)
+    left_out = ~kept_WB & ~scores_WB.isnan()
+    nan_kept_W = (kept_WB & scores_WB.isnan()).sum(1)
+    # A rank of NaN alone keeps one all the same.
+    assert not left_out.any() or bool((nan_kept_W <= scores_WB.isnan().all(1)).all())
+
+
+def test_one_sample_is_kept_of_one_rank_at_the_smallest_gamma() -> None:
+    assert selection.select(torch.tensor([[0.1, 0.3, 0.2]]), 1e-9).tolist() == [[False, True, False]]
+
+
+def test_a_thousand_ranks_of_one_sample_keep_them_all() -> None:
+    assert selection.select(torch.randn(1024, 1), 0.1).all()
+
+
+def test_overflow_of_a_full_rank_goes_to_the_next_best_samples_of_the_other() -> None:
+    scores_WB = torch.tensor([[9.0, 8.0, 7.0, 6.0], [1.0, 4.0, 2.0, 3.0]])
+    assert selection.select(scores_WB, 0.5).tolist() == [[True, True, True, False], [False, True, False, False]]
+    assert selection.select(scores_WB, 0.5, 2).tolist() == [[True, True, False, False], [False, True, False, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_scores_of_every_float_type_are_ranked(dtype: torch.dtype) -> None:
+    scores_WB = torch.tensor([[3.0, math.nan, 1.0], [math.inf, 2.0, -math.inf]], dtype=dtype)
+    assert selection.select(scores_WB, 0.5).tolist() == [[True, False, False], [True, True, False]]
+    above = selection.shared_threshold(torch.stack([selection.quantiles(row, 2) for row in scores_WB]), 0.5, 3)
+    assert [selection.select_above(row, above).tolist() for row in scores_WB] == [
+        [True, False, False],
+        [True, True, False],
+    ]
+
+
+def test_the_scores_given_are_left_alone() -> None:
+    scores_WB = torch.tensor([[1.0, 2.0], [4.0, 3.0]])
+    before = scores_WB.clone()
+    selection.select(scores_WB, 0.5, 1)
+    selection.select_above(scores_WB[0], selection.quantiles(scores_WB[0], 1)[0])
+    assert torch.equal(scores_WB, before)
+
+
+def test_threshold_is_the_smallest_score_kept() -> None:
+    scores_WB = torch.tensor([[5.0, 1.0, 3.0], [2.0, 4.0, 0.0]])
+    assert float(selection.threshold(scores_WB, selection.select(scores_WB, 0.5))) == 3.0
+
+
+# capacity
+
+
+@given(FRACTIONS, st.integers(1, 512), st.integers(1, 64), st.floats(1.0, 4.0))
+def test_capacity_leaves_the_total_as_it_is(fraction: float, B: int, W: int, factor: float) -> None:
+    most = selection.capacity(fraction, B, factor)
+    assert 1 <= most <= B
+    assert selection.num_kept(fraction, W * B, W, W * most) == selection.num_kept(fraction, W * B, W)
+
+
+def test_capacity_is_not_raised_by_the_rounding_of_a_product() -> None:
+    assert selection.capacity(0.07, 100, 1.0) == 7
+
+
+@pytest.mark.parametrize("factor", [0.99, 0.0, -1.0, math.nan])
+def test_a_capacity_factor_below_one_is_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match="capacity factor"):
+        selection.capacity(0.5, 64, factor)
+
+
+def test_a_capacity_below_one_is_refused() -> None:
+    scores_WB = torch.zeros(2, 3)
+    for refused in (
+        lambda: selection.select(scores_WB, 0.5, 0),
+        lambda: selection.quantiles(scores_WB[0], 2, 0),
+        lambda: selection.select_above(scores_WB[0], scores_WB[0, 0], 0),
+    ):
+        with pytest.raises(ValueError, match="at least 1"):
+            refused()
+
+
+# thresholds: the choice by quantiles
+
+
+def above_threshold(scores_WB: Tensor, fraction: float, num_quantiles: int, capacity: int | None) -> Tensor:
+    """What all ranks keep together, as they would find it: bool [W, B]."""
+    gathered_WQ = torch.stack([selection.quantiles(row, num_quantiles, capacity) for row in scores_WB])
+    threshold = selection.shared_threshold(gathered_WQ, fraction, scores_WB.shape[1], capacity)
+    return torch.stack([selection.select_above(row, threshold, capacity) for row in scores_WB])
+
+
+def bound(W: int, B: int, num_quantiles: int, capacity: int | None, jump: int) -> int:
+    """The docstring's: W * floor(b / 2) + floor(j / 2), `jump` being j in units of b."""
+    limit = B if capacity is None else min(B, capacity)
+    block = math.ceil((limit - 1) / num_quantiles)
+    return W * (block // 2) + jump * block // 2
+
+
+@settings(max_examples=300)
+@given(tables(), FRACTIONS, st.integers(1, 30), capacities())
+def test_thresholds_keep_what_they_should_to_within_the_bound(
+    scores_WB: Tensor, fraction: float, num_quantiles: int, capacity: int | None
+) -> None:
+    W, B = scores_WB.shape
+    limit = B if capacity is None else min(B, capacity)
+    kept_WB = above_threshold(scores_WB, fraction, num_quantiles, capacity)
+    assert int(kept_WB.sum(1).min()) >= 1
+    assert int(kept_WB.sum(1).max()) <= limit
+    error = abs(int(kept_WB.sum()) - selection.num_kept(fraction, W * B, at_least=W, at_most=W * limit))
+    assert error <= bound(W, B, num_quantiles, capacity, jump=W) <= W * math.ceil((limit - 1) / num_quantiles)
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 12), st.integers(1, 40), FRACTIONS, st.integers(1, 40), capacities(50), st.integers(0, 999))
+def test_thresholds_meet_the_tighter_bound_where_no_scores_are_equal(
+    W: int, B: int, fraction: float, num_quantiles: int, capacity: int | None, seed: int
+) -> None:
+    scores_WB = torch.randperm(W * B, generator=torch.Generator().manual_seed(seed)).float().view(W, B)
+    kept_WB = above_threshold(scores_WB, fraction, num_quantiles, capacity)
+    error = abs(int(kept_WB.sum()) - int(selection.select(scores_WB, fraction, capacity).sum()))
+    assert error <= bound(W, B, num_quantiles, capacity, jump=1)
+
+
+@given(st.integers(1, 12), st.integers(1, 24), FRACTIONS, capacities(), st.integers(0, 99), st.integers(0, 999))
+def test_thresholds_are_exact_with_a_quantile_for_every_sample(
+    W: int, B: int, fraction: float, capacity: int | None, more: int, seed: int
+) -> None:
+    scores_WB = torch.randperm(W * B, generator=torch.Generator().manual_seed(seed)).float().view(W, B)
+    num_quantiles = max(1, (B if capacity is None else min(B, capacity)) - 1) + more
+    kept_WB = above_threshold(scores_WB, fraction, num_quantiles, capacity)
+    assert torch.equal(kept_WB, selection.select(scores_WB, fraction, capacity))
+
+
+@given(tables(max_ranks=1), FRACTIONS, capacities())
+def test_one_rank_with_all_its_quantiles_is_exact_on_any_scores(
+    scores_WB: Tensor, fraction: float, capacity: int | None
+) -> None:
+    kept_WB = above_threshold(scores_WB, fraction, scores_WB.shape[1], capacity)
+    assert kept_WB.tolist() == reference(scores_WB, fraction, capacity)
+
+
+def adversaries(W: int, B: int, num_quantiles: int) -> dict[str, Tensor]:
+    """Tables on which a threshold does badly: blocks out of step, all ranks alike, one rank with everything."""
+    falling_B = -torch.arange(B, dtype=torch.float32)
+    block = math.ceil((B - 1) / num_quantiles)
+    return {
+        "all ranks alike": falling_B.repeat(W, 1),
+        "all zero": torch.zeros(W, B),
+        "all nan": torch.full((W, B), math.nan),
+        "half zero": falling_B.clamp(min=-B // 2).repeat(W, 1),
+        "one rank high": falling_B.repeat(W, 1) + 1e4 * (torch.arange(W) == W - 1).unsqueeze(1),
+        "just below the middle": falling_B.repeat(W, 1).where(torch.arange(B) % block < block // 2, -1e4),
+        "disjoint ranks": falling_B - 1e3 * torch.arange(W).unsqueeze(1),
+        "one finite": torch.full((W, B), -math.inf).index_fill(1, torch.tensor([B - 1]), 1.0),
+    }
+
+
+@pytest.mark.parametrize("name", list(adversaries(1, 9, 4)))
+@pytest.mark.parametrize("capacity", [None, 24])
+def test_thresholds_meet_the_bound_on_adversarial_scores(name: str, capacity: int | None) -> None:
+    W, B, num_quantiles = 8, 64, 8
+    scores_WB = adversaries(W, B, num_quantiles)[name]
+    for wanted in range(0, W * B + 1, 5):
+        kept_WB = above_threshold(scores_WB, wanted / (W * B), num_quantiles, capacity)
+        exact = int(selection.select(scores_WB, wanted / (W * B), capacity).sum())
+        assert abs(int(kept_WB.sum()) - exact) <= bound(W, B, num_quantiles, capacity, jump=W)
+
+
+def test_the_tighter_bound_is_reached() -> None:
+    """Every rank's first block, of eight, breaks off after its middle: the other half counts, but is not there."""
+    W, B, num_quantiles = 4, 33, 4
+    scores_WB = -torch.arange(W * B, dtype=torch.float32).view(B, W).T
+    scores_WB[:, 5:] -= 1e4
+    wanted = W + 8 * W + 4
+    kept = int(above_threshold(scores_WB, wanted / (W * B), num_quantiles, None).sum())
+    assert wanted - kept == bound(W, B, num_quantiles, None, jump=1) == 20
+
+
+def test_quantiles_take_the_same_bytes_whatever_the_batch() -> None:
+    for B in (1, 2, 7, 1000):
+        assert selection.quantiles(torch.randn(B), 16, capacity=5).shape == (16,)
+
+
+def test_nothing_asks_the_device_for_a_number() -> None:
+    """Fake tensors hold no data: whatever needs a value on the host raises."""
+    with FakeTensorMode():
+        scores_WB = torch.randn(4, 8)
+        kept_WB = selection.select(scores_WB, 0.5, 5)
+        selection.threshold(scores_WB, kept_WB)
+        gathered_WQ = torch.stack([selection.quantiles(row, 3, 5) for row in scores_WB])
+        threshold = selection.shared_threshold(gathered_WQ, 0.5, 8, 5)
+        assert selection.select_above(scores_WB[0], threshold, 5).shape == (8,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_chooses_like_the_cpu_without_waiting() -> None:
+    scores_WB = torch.randn(16, 64).round(decimals=1)
+    on_device = scores_WB.cuda()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kept_WB = selection.select(on_device, 0.25, 24)
+        above_WB = above_threshold(on_device, 0.25, 8, 24)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert torch.equal(kept_WB.cpu(), selection.select(scores_WB, 0.25, 24))
+    assert torch.equal(above_WB.cpu(), above_threshold(scores_WB, 0.25, 8, 24))
