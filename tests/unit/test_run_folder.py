@@ -52,7 +52,7 @@ def test_only_rank_0_writes(folder):
 def test_a_run_of_another_config_is_refused_by_key_and_both_values(folder, override):
     before = (begun(folder) / "config.yaml").read_text()
     key, _, value = override.partition("=")
-    with pytest.raises(UserError, match="choose another run.folder") as error:
+    with pytest.raises(UserError, match=r"choose another run\.folder") as error:
         open_run_folder(configured(folder, override), Ranks())
     assert f"{key} = {config.flat(Config())[key]}, not {value}" in str(error.value)
     assert (folder / "config.yaml").read_text() == before
