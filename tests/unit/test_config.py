@@ -118,7 +118,7 @@ def test_wrong_type_names_key_and_value(file, text, key):
         *("data.augment=blur", "train.epochs=0", "train.max_steps=-1", "train.accumulate=0", "train.precision=fp8"),
         *("train.label_smoothing=1", "train.log_every=0", "optim.name=lion", "optim.lr=-1", "optim.lr=.nan"),
         *("optim.lr=.inf", "optim.momentum=1", "optim.weight_decay=-1", "optim.clip_grad_norm=-1"),
-        *("optim.schedule=linear", "optim.step_factor=1", "method.name=asam", "method.scope=node"),
+        *("optim.schedule=linear", "optim.step_factor=1", "method.name=lamb", "method.scope=node"),
         *(
             "method.rho=-0.1",
             "method.beta=0",
