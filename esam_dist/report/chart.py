@@ -125,7 +125,7 @@ def _edges(point: tuple[float, float, float], limits: tuple[float, float]) -> tu
 def _band(
     points: list[tuple[float, float, float]], limits: tuple[float, float], x: Scale, y: Scale, colour: str
 ) -> str:
-    if not any(half > 0 for _, _, half in points):
+    if not any(half > 1e-9 * abs(value) for _, value, half in points):  # seeds may agree but for rounding
         return ""
     edges = [(x(point[0]), *map(y, _edges(point, limits))) for point in points]
     upper = [f"{px:.1f},{high:.1f}" for px, _, high in edges]

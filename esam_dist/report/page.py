@@ -13,6 +13,7 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #888; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+div.table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; }
@@ -108,7 +109,7 @@ def _table(groups: list[Group]) -> str:
     for words in rows(groups):
         cells = "".join(f"<td{' class=number' if i > 1 else ''}>{escape(word)}</td>" for i, word in enumerate(words))
         lines.append(f"<tr>{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _chart(
@@ -159,8 +160,9 @@ def _facts(runs: list[Run], table: dict[str, list[str]]) -> str:
         else:
             cells = "".join(f'<td class="config">{escape(value)}</td>' for value in values)
             differing.append(f'<tr class="differs"><td>{escape(key)}</td>{cells}</tr>')
-    alike = f"<table>{''.join(same)}</table>"
+    alike = f'<div class="table"><table>{"".join(same)}</table></div>'
     if len(runs) == 1:
         return alike
     shown = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(differing)}</tbody></table>"
+    shown = f'<div class="table">{shown}</div>'
     return f"{shown}<details><summary>The same in all runs: {len(same)} values</summary>{alike}</details>"
