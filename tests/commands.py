@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from socket import socket
@@ -45,8 +47,11 @@ def here(*args: object) -> Answer:
     return Answer(ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
-def on_ranks(*args: object, count: int = 2) -> list[Answer]:
-    """Run `esam-dist ARGS` on `count` ranks: real processes that meet over gloo, as a launcher would start them."""
+def on_ranks(*args: object, count: int = 2, meanwhile: Callable[[list[int]], None] | None = None) -> list[Answer]:
+    """Run `esam-dist ARGS` on `count` ranks: real processes that meet over gloo, as a launcher would start them.
+
+    `meanwhile` is called with their process ids.
+    """
     port = free_port()
     with TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(count)]
@@ -56,6 +61,8 @@ def on_ranks(*args: object, count: int = 2) -> list[Answer]:
         ]
         for process in ranks:
             process.start()
+        if meanwhile:
+            meanwhile([process.pid for process in ranks])
         for process in ranks:
             process.join(TIMEOUT_SECONDS)
         for process in ranks:
@@ -101,6 +108,14 @@ def environment(**env: str) -> dict[str, str]:
     """The environment of a process that runs this source tree; its own programs (ninja) are found."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | env
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Return as soon as `condition` holds."""
+    until = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
 
 
 def _started(command: list[str], env: dict[str, str]) -> Answer:
