@@ -13,7 +13,7 @@ import yaml
 
 from esam_dist.data.prepare import prepare_digits
 from esam_dist.data.prepare.digits import Digits
-from esam_dist.data.prepare.write import write_dataset
+from esam_dist.data.prepare.write import Plan, write_dataset
 
 torch.set_num_threads(1)
 
@@ -38,7 +38,7 @@ class FewDigits(Digits):
 def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Few digits as shards; read only."""
     root = tmp_path_factory.mktemp("data") / "few_digits"
-    write_dataset(FewDigits(), root, seed=0, samples_per_shard=40)
+    write_dataset(FewDigits(), root, Plan(samples_per_shard=40))
     return root
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TIMEOUT_SECONDS, alone, environment, free_port, here, on_ranks, under_deepspeed, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
 from esam_dist.checkpoint import read
+from tests.commands import TIMEOUT_SECONDS, alone, environment, free_port, here, on_ranks, under_deepspeed, wait_for
 
 # design.md, section 3: names that dashboards and alerts rely on.
 PROMETHEUS_NAMES = {
