@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from esam_dist.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_SECONDS = 180
+TIMEOUT_SECONDS = 600
 
 # A process that has imported torch and DeepSpeed once is forked for every rank: seconds saved, nothing shared.
 SERVER = multiprocessing.get_context("forkserver")
@@ -92,14 +93,18 @@ def under_deepspeed(*args: object, **env: str) -> Answer:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, and whose successor is free too."""
+    """A port that nobody listens on, and whose successor is free too.
+
+    Below the range from which outgoing connections take theirs: a client that asks there before anybody listens can
+    be given the very port that it calls, and then talks to itself.
+    """
     while True:
+        port = random.randrange(20_000, 32_000)
         with closing(socket()) as first, closing(socket()) as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
             try:
+                first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
             return port
 

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from esam_dist.checkpoint import read
 from tests.commands import TIMEOUT_SECONDS, alone, environment, free_port, here, on_ranks, under_deepspeed, wait_for
 
-# design.md, section 3: names that dashboards and alerts rely on.
+# A busy machine takes its time to import torch eight times.
+pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS)
+
+# Names that dashboards and alerts rely on.
 PROMETHEUS_NAMES = {
     *("esam_step", "esam_epoch", "esam_samples_total", "esam_kept_samples_total", "esam_train_loss"),
     *("esam_validation_accuracy", "esam_learning_rate", "esam_sharpness", "esam_gradient_norm"),
@@ -45,11 +50,10 @@ def native(tiny, tmp_path_factory):
         process = subprocess.Popen(command, env=environment(), stdout=output, stderr=output)
         while process.poll() is None:
             for rank in (0, 1):
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port + rank}/metrics", timeout=5) as answer:
-                        pages[rank] = answer.read().decode()
-                except OSError:
-                    continue
+                # Not there yet, or no more.
+                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port + rank}/metrics") as answer:
+                    pages[rank] = answer.read().decode()
+            time.sleep(0.02)
         assert process.wait(TIMEOUT_SECONDS) == 0, (folder / "output").read_text()
     return folder, pages
 
