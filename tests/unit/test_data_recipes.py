@@ -10,7 +10,7 @@ from esam_dist.models import build_model
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
-# Published, in millions: WRN-28-10 in arXiv 1605.07146, PyramidNet-110 in arXiv 1610.02915, ViT-S/16 in arXiv 2012.12877.
+# Published, in millions: WRN-28-10 in arXiv 1605.07146, PyramidNet-110 in 1610.02915, ViT-S/16 in 2012.12877.
 # Exact: what other implementations of the same networks count (pytorchcv, timm).
 PARAMETERS = [
     ("wrn28_10", 10, 36_479_194, 36.5),
