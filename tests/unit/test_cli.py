@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from commands import here
+from tests.commands import here
 
 from esam_dist import __version__, config
 
