@@ -217,7 +217,7 @@ def test_head_is_found_without_being_told(name):
 def test_network_without_linear_head_is_refused_with_the_remedy():
     with torch.device("meta"):
         network = build_model("squeezenet1_1", 10)
-    with pytest.raises(UserError, match="method.score = forward"):
+    with pytest.raises(UserError, match=r"method\.score = forward"):
         find_head(network)
 
 

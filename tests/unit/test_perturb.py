@@ -45,12 +45,16 @@ def test_perturbation_has_the_radius_and_is_taken_back_to_the_bit(shapes, seed, 
 def test_weights_are_restored_when_the_block_raises():
     (param,) = parameters([(3,)], 0)
     before = param.detach().clone()
-    with (
-        pytest.raises(RuntimeError, match="out of memory"),
-        perturb.perturbed(perturb.along([param], [torch.ones(3)], 1.0)),
-    ):
-        assert not torch.equal(param, before)
-        raise RuntimeError("out of memory")
+    seen = []
+
+    def fails():
+        with perturb.perturbed(perturb.along([param], [torch.ones(3)], 1.0)):
+            seen.append(param.detach().clone())
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fails()
+    assert not torch.equal(seen[0], before)
     assert torch.equal(param, before)
 
 
