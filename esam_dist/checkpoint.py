@@ -109,8 +109,12 @@ def read(path: Path) -> State:
 
 
 def _accuracy(path: Path) -> float | None:
-    accuracy = json.loads((path / "metadata.json").read_text())["accuracy"]
-    return None if accuracy is None else float(accuracy)
+    try:
+        accuracy = json.loads((path / "metadata.json").read_text())["accuracy"]
+        return None if accuracy is None else float(accuracy)
+    except (OSError, ValueError, KeyError, TypeError):
+        # A damaged checkpoint is not the best one; it must not stop the next from being saved.
+        return None
 
 
 def _sha256(path: Path) -> str:

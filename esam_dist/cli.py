@@ -15,7 +15,7 @@ from types import FrameType
 
 import torch
 
-from esam_dist import __version__, config
+from esam_dist import __version__, config, launch
 from esam_dist.checkpoint import Checkpoints, State, read
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import build_engine
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to its configuration")
     added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
+    launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
     return parser
 
 

@@ -54,6 +54,12 @@ class Coordination:
                 sent = selection.quantiles(score_B, rule.num_quantiles, self._capacity)
             self._gathered = ranks.gather_later(sent)
 
+    def split(self) -> tuple[Tensor, Tensor]:
+        """A selection within the rank as two lists of positions: those kept, and the rest."""
+        kept_B = selection.select(self._score_B.unsqueeze(0), self._rule.gamma)[0]
+        order_B = kept_B.byte().argsort(descending=True, stable=True)
+        return order_B[: self.num_within_rank], order_B[self.num_within_rank :]
+
     @property
     def num_within_rank(self) -> int:
         """How many a selection within the rank keeps."""
@@ -96,7 +102,7 @@ class Coordination:
             # The one place of a step where the host waits for the device: the batch's size is the answer.
             index_D = kept_B.nonzero().squeeze(1)
             return Kept(index_D, lambda loss_D: loss_D.sum() * (W / total()), num_kept, threshold)
-        # Always `capacity` samples, those not kept with weight 0: no shape depends on the scores.
+        # Always `capacity` samples, those not kept with weight 0: no shape depends on the scores. BatchNorm sees them.
         index_D = _first(kept_B, self._capacity)
         counts_D = kept_B[index_D]
         return Kept(

@@ -130,7 +130,7 @@ def _ascend(engine: Engine, batch: Batch, rule: Rule, generator: torch.Generator
     if selects_early and rule.score == "loss":
         selection = Coordination(loss_B.detach(), rule, ranks)
     if selects_early and rule.score == "head":
-        targets_BK = score.targets_of(batch.labels, logits_BK.shape[1], rule.label_smoothing)
+        targets_BK = score.targets_of(batch.labels, logits_BK.detach(), rule.label_smoothing)
         selection = Coordination(score.head_rise(logits_BK.detach(), targets_BK, inputs[0]), rule, ranks)
     grads = torch.autograd.grad(engine.scale(loss_B.mean()), drawn.params, allow_unused=True)
     eps = _perturbation(drawn, grads, rule, generator)
@@ -144,18 +144,15 @@ def _ascend_in_parts(
 
     BatchNorm normalises each part by itself; its statistics move with the rest, the larger part.
     """
-    kept = selection.end()
-    is_kept_B = torch.zeros(len(batch.labels), dtype=torch.bool, device=batch.labels.device)
-    is_kept_B[kept.index_D] = True
-    rest = is_kept_B.byte().argsort(stable=True)[: len(is_kept_B) - selection.num_within_rank]
-    loss_B = torch.empty(len(batch.labels), device=batch.images.device)
-    parts = []
-    for index, frozen in ((rest, False), (kept.index_D, True)):
+    index_D, rest = selection.split()
+    parts, losses = [], []
+    for index, frozen in ((rest, False), (index_D, True)):
         with frozen_batchnorm(engine.module if frozen else torch.nn.Module()):
             loss = per_sample_loss(engine.module(batch.images[index]), batch.labels[index], rule)
         parts.append(list(torch.autograd.grad(engine.scale(loss.mean()), params)))
-        loss_B[index] = loss.detach()
-    share = selection.num_within_rank / len(loss_B)
+        losses.append(loss.detach())
+    loss_B = torch.cat(losses)[torch.cat([rest, index_D]).argsort()]
+    share = len(index_D) / len(loss_B)
     whole = list(torch._foreach_lerp(parts[0], parts[1], share))
     return Ascent(loss_B, perturb.along(params, whole, rule.radius), parts[0], selection)
 
@@ -219,7 +216,7 @@ def _descend(
     loss = kept.mean_over_ranks(loss_D)
     if rule.descent != "kept":
         # Where the ascent gradient was not finite there is nothing to recycle.
-        share = torch.where(ascent.eps.finite, 1.0 - rule.gamma, 0.0)
+        share = ascent.eps.finite.to(loss.dtype) * (1.0 - rule.gamma)
         loss = (1.0 - share) * loss + descent.inject(ascent.eps.params, _unscale(engine, ascent.recycled, share))
     engine.backward(loss)
     return loss_D.detach()
@@ -275,4 +272,4 @@ def _unscale(engine: Engine, grads: list[Tensor], factor: Tensor | None) -> list
 
 def per_sample_loss(logits_BK: Tensor, labels: Tensor, rule: Rule) -> Tensor:
     """Cross-entropy of each sample, [B]; `labels` are classes [B] or shares of classes [B, K]."""
-    return F.cross_entropy(logits_BK.float(), labels, reduction="none", label_smoothing=rule.label_smoothing)
+    return F.cross_entropy(logits_BK, labels, reduction="none", label_smoothing=rule.label_smoothing)

@@ -23,18 +23,19 @@ def head_rise(logits_BK: Tensor, targets_BK: Tensor, inputs_BF: Tensor) -> Tenso
     """First-order rise of each sample's cross-entropy along the gradient of the last layer, up to one common factor.
 
     With `d_i = softmax(z_i) - y_i`, that layer's gradient on the batch is `G = mean(d_j h_j^T)` for the weight and
-    `mean(d_j)` for the bias; a step along it raises loss i by `d_i . (G h_i + mean(d_j))`. Returns [B], float32.
+    `mean(d_j)` for the bias; a step along it raises loss i by `d_i . (G h_i + mean(d_j))`. Returns [B].
     """
-    d_BK = logits_BK.float().softmax(dim=1) - targets_BK
-    h_BF = inputs_BF.float()
+    d_BK = logits_BK.softmax(dim=1) - targets_BK
+    h_BF = inputs_BF.to(d_BK.dtype)
     gradient_KF = d_BK.T @ h_BF
     return (d_BK * (h_BF @ gradient_KF.T + d_BK.sum(dim=0))).sum(dim=1) / len(d_BK)
 
 
-def targets_of(labels: Tensor, num_classes: int, label_smoothing: float) -> Tensor:
+def targets_of(labels: Tensor, logits_BK: Tensor, label_smoothing: float) -> Tensor:
     """The distribution over classes that cross-entropy compares with: [B, K] from classes [B] or shares [B, K]."""
-    shares = F.one_hot(labels, num_classes).float() if labels.ndim == 1 else labels.float()
-    return shares * (1.0 - label_smoothing) + label_smoothing / num_classes
+    K = logits_BK.shape[1]
+    shares_BK = F.one_hot(labels, K) if labels.ndim == 1 else labels
+    return shares_BK.to(logits_BK.dtype) * (1.0 - label_smoothing) + label_smoothing / K
 
 
 def find_head(module: nn.Module) -> nn.Linear:

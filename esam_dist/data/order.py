@@ -29,6 +29,8 @@ class Draw(NamedTuple):
     ids: Ids  # [B]
     epochs: Ids  # [B]
     seeds: Keys  # [B]
+    step_epoch: int
+    """The epoch in which the global batch begins: the same on all ranks."""
 
 
 def mix(*parts: int | Ids) -> Keys:
@@ -61,11 +63,15 @@ def permutation(seed: int, epoch: int, counts: Sequence[int], window: int) -> Id
 
 @dataclass
 class Order:
-    """The endless global sequence over shards of `counts` samples."""
+    """The endless global sequence over shards of `counts` samples.
+
+    With `repeats` (repeated augmentation, Hoffer et al. 2020), each sample takes that many positions in a row.
+    """
 
     seed: int
     counts: Sequence[int]
     window: int
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         self.num_samples = int(sum(self.counts))
@@ -73,19 +79,20 @@ class Order:
 
     def draw(self, start: int, count: int) -> Draw:
         """The samples at global positions `start` to `start + count`."""
-        positions = np.arange(start, start + count, dtype=np.int64)
+        positions, repeat = np.divmod(np.arange(start, start + count, dtype=np.int64), self.repeats)
         epochs, offsets = np.divmod(positions, self.num_samples)
         ids = np.empty_like(offsets)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             ids[here] = self._epoch(int(epoch))[offsets[here]]
-        return Draw(ids, epochs, mix(self.seed, _AUGMENT, epochs, ids))
+        return Draw(ids, epochs, mix(self.seed, _AUGMENT, epochs, ids, repeat), start // self.num_samples)
 
     def batches(self, samples_seen: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[Draw]:
         """This rank's slice of every global batch from position `samples_seen` on, endless."""
-        start = samples_seen + rank * batch_size
+        start = samples_seen
         while True:
-            yield self.draw(start, batch_size)
+            draw = self.draw(start + rank * batch_size, batch_size)
+            yield draw._replace(step_epoch=start // self.num_samples)
             start += world_size * batch_size
 
     def _epoch(self, epoch: int) -> Ids:

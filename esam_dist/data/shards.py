@@ -69,6 +69,14 @@ def write_shard(path: Path, samples: Iterable[Sample], first_key: int) -> ShardI
     return info
 
 
+def finished(path: Path) -> ShardInfo | None:
+    """What the index says of the shard at `path`, if both are there and belong together."""
+    try:
+        return read_index(path)[0]
+    except UserError:
+        return None
+
+
 def write_index(shard: Path, info: ShardInfo, entries: Entries) -> None:
     """Write the sidecar of `shard`, beside and renamed."""
     partial = index_path(shard).with_suffix(".index.part")

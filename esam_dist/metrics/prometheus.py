@@ -30,6 +30,7 @@ GAUGES = {
     "esam_gamma": "Share of the samples to keep (SDS), 0 to 1.",
     "esam_images_per_second": "Training images per second of all ranks together.",
     "esam_step_seconds": "Mean seconds per update over the last log interval.",
+    "esam_data_wait_seconds": "Mean seconds per update, over all ranks, in which a rank had no batch.",
     "esam_world_size": "Ranks of the job.",
     "esam_validation_accuracy": "Top-1 accuracy of the last validation, 0 to 1.",
     "esam_validation_top5_accuracy": "Top-5 accuracy of the last validation, 0 to 1.",
@@ -42,7 +43,6 @@ GAUGES = {
 }
 RANK_GAUGES = {
     "esam_last_step_timestamp_seconds": "Unix time at which this rank finished its last update.",
-    "esam_data_wait_seconds": "Mean seconds per update in which this rank had no batch.",
 }
 COUNTERS = {
     "esam_samples_total": "Training samples seen by all ranks.",

@@ -22,7 +22,7 @@ class TrainRow:
     """Of all ranks together."""
     step_seconds: float
     data_wait_seconds: float
-    """Seconds per step in which this rank had no batch."""
+    """Per step: time in which a rank had no batch."""
     rho: float
     beta: float
     gamma: float

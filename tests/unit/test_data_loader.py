@@ -12,6 +12,8 @@ import torch
 
 from esam_dist import config
 from esam_dist.data import open_train, open_validation
+from esam_dist.data.dataset import open_split
+from esam_dist.data.order import Order
 from esam_dist.data.prepare import prepare_digits
 from esam_dist.errors import UserError
 
@@ -135,8 +137,6 @@ def test_more_ranks_than_validation_samples_leaves_some_ranks_without_batches(di
 
 def corrupt(root: Path, sample: int, split: str = "train") -> None:
     """Overwrite the first bytes of an image in place."""
-    from esam_dist.data.dataset import open_split
-
     opened = open_split(root, split)
     shard = opened.shards[opened._shard(sample)]
     with shard.open("r+b") as file:
@@ -147,7 +147,7 @@ def corrupt(root: Path, sample: int, split: str = "train") -> None:
 def test_a_corrupt_sample_is_replaced_counted_and_named_once(copy, caplog):
     intact = batches(settings(copy, batch_size=1437), 0, 1)[0]
     data = train(settings(copy))
-    bad = int(data._order.draw(40, 1).ids[0])
+    bad = int(Order(0, open_split(copy, "train").counts, 16).draw(40, 1).ids[0])
     corrupt(copy, bad)
     with caplog.at_level(logging.WARNING):
         read = list(islice(data.batches(0), 45 + 45))
@@ -171,7 +171,7 @@ def test_a_corrupt_validation_sample_is_left_out(copy):
 def test_too_many_corrupt_samples_stop_the_run(copy):
     for sample in range(20):
         corrupt(copy, sample)
-    with pytest.raises(UserError, match=r"max_skipped = 0.01: 1\d of 1438 train samples cannot be read \(checksum"):
+    with pytest.raises(UserError, match=r"max_skipped = 0.01: 1\d of 1438 samples cannot be read \(checksum"):
         list(islice(train(settings(copy)).batches(0), 45))
 
 
@@ -231,5 +231,5 @@ def test_labels_out_of_range_are_refused(copy):
 
 
 def test_a_batch_larger_than_the_set_is_refused(copy):
-    with pytest.raises(UserError, match=r"data.batch_size = 1000 on 2 ranks needs 2000 samples.*at most 719 or fewer"):
+    with pytest.raises(UserError, match=r"data.batch_size = 1000 on 2 ranks needs 2000 samples.*at most 719, or fewer"):
         train(settings(copy, batch_size=1000), world_size=2)

@@ -3,19 +3,83 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from esam_dist.data.prepare.digits import prepare_digits
+from esam_dist.data.prepare.arrays import cifar, fashion_mnist
+from esam_dist.data.prepare.digits import Digits
+from esam_dist.data.prepare.encode import Encoding
+from esam_dist.data.prepare.existing import index_existing
+from esam_dist.data.prepare.folders import Folders
+from esam_dist.data.prepare.imagenet import ImageNet
+from esam_dist.data.prepare.source import Source
+from esam_dist.data.prepare.verify import verify
+from esam_dist.data.prepare.write import Plan, write_dataset
+from esam_dist.errors import UserError
+
+SOURCES = {
+    "digits": "scikit-learn's handwritten digits (1,797 images of 8x8, nothing to fetch)",
+    "fashion-mnist": "idx files; without --from, those of Debian's package dataset-fashion-mnist",
+    "cifar10": "python batches: --from their folder or .tar.gz",
+    "cifar100": "python batches: --from their folder or .tar.gz",
+    "imagenet": "--from the folder of ILSVRC2012_img_train.tar, _img_val.tar and the devkit, or of train/ and val/",
+    "folder": "--from a folder with one folder of images per class, or with train/ and val/ of such",
+    "index": "index shards that another program wrote to OUT/train/*.tar and OUT/validation/*.tar",
+    "verify": "check OUT: counts, checksums, labels, decodability",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `prepare SOURCE OUT [options]` on `parser`."""
-    sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
-    digits = sources.add_parser("digits", help="scikit-learn's handwritten digits (8x8, 1,797 images)")
-    digits.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    digits.add_argument("--seed", type=int, default=0, help="split and order of the samples (default: 0)")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "sources:\n" + "\n".join(f"  {name:14} {text}" for name, text in SOURCES.items())
+    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="what to prepare, see below")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, or to check")
+    parser.add_argument("--from", dest="origin", type=Path, metavar="PATH", help="where the source's files are")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples' order and of a split (default: 0)")
+    parser.add_argument("--short-side", type=int, metavar="PIXELS", help="shrink larger images to this, as JPEG")
+    parser.add_argument("--quality", type=int, default=90, help="of shrunk images (default: 90)")
+    parser.add_argument("--keep-bytes", action="store_true", help="store the images' files as they are (the default)")
+    parser.add_argument("--validation-share", type=float, default=0.1, metavar="SHARE", help="held out of a `folder`")
+    parser.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1024 (digits: 360)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepare what the arguments ask for."""
-    prepare_digits(args.out, seed=args.seed)
+    """Prepare what the arguments ask for. Raises UserError."""
+    _check(args)
+    if args.source == "verify":
+        verify(args.out, workers=args.workers)
+    elif args.source == "index":
+        index_existing(args.out)
+    else:
+        per_shard = args.samples_per_shard or (360 if args.source == "digits" else 1024)
+        plan = Plan(args.seed, per_shard, Encoding(args.short_side or 0, args.quality))
+        write_dataset(_source(args), args.out, plan, workers=args.workers)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.keep_bytes and args.short_side:
+        raise UserError("--keep-bytes and --short-side exclude each other; give one of them")
+    for flag, low, high in (("short_side", 8, 4096), ("quality", 1, 95), ("samples_per_shard", 1, 1_000_000)):
+        value = getattr(args, flag)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{flag.replace('_', '-')} {value} is out of range; give {low} to {high}")
+    if args.seed < 0 or args.workers < 0:
+        raise UserError("--seed and --workers must not be negative; give 0 or more")
+    if not 0.0 < args.validation_share < 1.0:
+        raise UserError(f"--validation-share {args.validation_share:g} is out of range; give a share between 0 and 1")
+
+
+def _source(args: argparse.Namespace) -> Source:
+    if args.source == "digits":
+        return Digits(args.seed)
+    if args.source == "fashion-mnist":
+        return fashion_mnist(args.origin)
+    if args.origin is None:
+        raise UserError(f"prepare {args.source}: needs --from PATH; see `esam-dist prepare --help`")
+    if args.source == "imagenet":
+        return ImageNet(args.origin)
+    if args.source == "folder":
+        return Folders(args.origin, validation_share=args.validation_share, seed=args.seed)
+    return cifar(args.source, args.origin)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from esam_dist.data.order import mix
-from esam_dist.data.prepare.write import write_dataset
-
-_SPLIT = 12
+from esam_dist.data.prepare.encode import png
+from esam_dist.data.prepare.source import digest_of, held_out
+from esam_dist.data.prepare.write import Plan, write_dataset
 
 
 def prepare_digits(out: Path, *, seed: int = 0, samples_per_shard: int = 360) -> None:
     """Write the digits below `out`: four fifths of each class for training, the rest for validation."""
-    write_dataset(Digits(seed), out, seed=seed, samples_per_shard=samples_per_shard)
+    write_dataset(Digits(seed), out, Plan(seed=seed, samples_per_shard=samples_per_shard))
 
 
 class Digits:
@@ -30,16 +28,10 @@ class Digits:
 
         data = load_digits()
         self._images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-        held_out = np.zeros(len(data.target), np.bool_)
-        for digit in range(10):
-            ids = np.flatnonzero(data.target == digit)
-            shuffled = ids[np.argsort(mix(seed, _SPLIT, ids))]
-            held_out[shuffled[: round(len(ids) / 5)]] = True
-        self._ids = {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
+        self._ids = held_out(data.target, 0.2, seed)
         self.labels = {split: data.target[ids].tolist() for split, ids in self._ids.items()}
+        self.digest = digest_of([self._images.tobytes(), self.labels])
 
     def read(self, split: str, sample: int) -> tuple[bytes, str]:
         """A digit as a greyscale PNG."""
-        file = io.BytesIO()
-        Image.fromarray(self._images[self._ids[split][sample]]).save(file, "PNG")
-        return file.getvalue(), "png"
+        return png(Image.fromarray(self._images[self._ids[split][sample]]))

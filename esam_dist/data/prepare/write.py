@@ -1,75 +1,196 @@
-"""Write a source of labelled images as shards: samples shuffled by the seed, so that every shard is a fair mix."""
+"""Write a source as shards, in parallel and restartable: the same source and plan give the same bytes.
+
+Samples are shuffled by the seed first, so that every shard is a fair mix. A shard is one job; a shard whose index is
+there is done, so a run that was killed goes on where it was.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from esam_dist.data.dataset import DESCRIPTION, FORMAT
+from esam_dist.data.dataset import DESCRIPTION, FORMAT, SampleError
 from esam_dist.data.order import mix
-from esam_dist.data.shards import Sample, ShardInfo, write_shard
+from esam_dist.data.prepare.encode import Encoding
+from esam_dist.data.prepare.source import Source
+from esam_dist.data.shards import Sample, finished, read_index, write_shard
+from esam_dist.errors import UserError
 
+log = logging.getLogger(__name__)
+
+PLAN = "prepare.json"
 _ORDER = 11
+_REPORT_SECONDS = 10.0
 
 
-class Source(Protocol):
-    """Labelled images of any origin: `labels` holds one label per sample of each split, `read` an image file."""
+@dataclass(frozen=True)
+class Plan:
+    """What determines the bytes of a prepared dataset, besides its source."""
 
-    @property
-    def name(self) -> str:
-        """What the dataset is called in `dataset.json`."""
-        ...
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        """The name of each label."""
-        ...
-
-    @property
-    def labels(self) -> Mapping[str, Sequence[int]]:
-        """The label of every sample, by split."""
-        ...
-
-    def read(self, split: str, sample: int) -> tuple[bytes, str]:
-        """The image file of a sample, and its suffix."""
-        ...
+    seed: int = 0
+    samples_per_shard: int = 1024
+    encoding: Encoding = field(default_factory=Encoding)
 
 
-def write_dataset(source: Source, out: Path, *, seed: int, samples_per_shard: int) -> None:
-    """Write every split of `source` below `out`, and `dataset.json` last."""
-    splits: dict[str, Any] = {}
-    for split, labels in source.labels.items():
-        order = np.argsort(mix(seed, _ORDER, np.arange(len(labels))))
-        num_shards = -(-len(labels) // samples_per_shard)
-        shards: list[dict[str, Any]] = []
-        for number, part in enumerate(np.array_split(order, num_shards)):
-            path = out / split / f"shard-{number:06d}.tar"
-            first_key = sum(shard["samples"] for shard in shards)
-            info = write_shard(path, _samples(source, split, part.tolist()), first_key)
-            shards.append(_listed(path, info))
-        counts = np.bincount(labels, minlength=len(source.class_names)).tolist()
-        splits[split] = {"samples": len(labels), "class_counts": counts, "shards": shards}
-    description = {
-        "format": FORMAT,
-        "name": source.name,
-        "seed": seed,
-        "classes": list(source.class_names),
-        "splits": splits,
+class Job(NamedTuple):
+    """One shard to write: which samples, in which order."""
+
+    split: str
+    number: int
+    samples: list[int]
+    first_key: int
+
+    def path(self, out: Path) -> Path:
+        """Where the shard goes."""
+        return out / self.split / f"shard-{self.number:06d}.tar"
+
+
+def write_dataset(source: Source, out: Path, plan: Plan, *, workers: int = 0) -> None:
+    """Write every split of `source` below `out`, and `dataset.json` last; `workers` 0 writes in this process.
+
+    Raises UserError when `out` holds something else, or a shard would be empty.
+    """
+    fingerprint = {"source": source.name, "digest": source.digest, **asdict(plan)}
+    _claim(out, fingerprint)
+    jobs = [job for split in source.labels for job in _jobs(source, split, plan)]
+    waiting = [job for job in jobs if finished(job.path(out)) is None]
+    if len(waiting) < len(jobs):
+        log.info("%s: %d of %d shards are there already", out, len(jobs) - len(waiting), len(jobs))
+    _write_all(source, out, plan, waiting, workers)
+    _describe(source, out, jobs, fingerprint)
+    (out / PLAN).unlink(missing_ok=True)
+
+
+def _claim(out: Path, fingerprint: dict[str, Any]) -> None:
+    """Note in `out` what is being written; refuse a folder that something else was written to."""
+    for name in (PLAN, DESCRIPTION):
+        if (out / name).exists():
+            try:
+                held = json.loads((out / name).read_bytes())
+                held = held if name == PLAN else held.get("plan")
+            except (ValueError, AttributeError):
+                held = None
+            if held != fingerprint:
+                raise UserError(f"OUT = {out}: holds data prepared otherwise ({name}); delete it or choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PLAN).write_text(json.dumps(fingerprint))
+
+
+def _jobs(source: Source, split: str, plan: Plan) -> Iterator[Job]:
+    num_samples = len(source.labels[split])
+    if num_samples == 0:
+        raise UserError(f"{source.name}: the split {split!r} is empty; give more images or another share")
+    order = np.argsort(mix(plan.seed, _ORDER, np.arange(num_samples)))
+    first_key = 0
+    for number, part in enumerate(np.array_split(order, -(-num_samples // plan.samples_per_shard))):
+        yield Job(split, number, part.tolist(), first_key)
+        first_key += len(part)
+
+
+def _write_all(source: Source, out: Path, plan: Plan, jobs: list[Job], workers: int) -> None:
+    total = sum(len(job.samples) for job in jobs)
+    write = partial(_write, source, out, plan.encoding)
+    with _Progress(total) as progress:
+        if workers == 0:
+            for job in jobs:
+                progress.add(write(job))
+            return
+        # Forked, so that a source held in memory is not copied to each worker.
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(
+            min(workers, len(jobs) or 1), mp_context=context, initializer=_hold, initargs=(write,)
+        ) as pool:
+            for future in as_completed([pool.submit(_run, job) for job in jobs]):
+                progress.add(future.result())
+
+
+_held: Any = None
+
+
+def _hold(write: Any) -> None:
+    global _held  # noqa: PLW0603  # what a pool's initializer is for
+    _held = write
+
+
+def _run(job: Job) -> int:
+    return int(_held(job))
+
+
+def _write(source: Source, out: Path, encoding: Encoding, job: Job) -> int:
+    info = write_shard(job.path(out), _samples(source, encoding, job), job.first_key)
+    if info.samples == 0:
+        raise UserError(f"{source.name}: no image of {job.path(out).name} ({job.split}) can be read; repair the source")
+    return len(job.samples)
+
+
+def _samples(source: Source, encoding: Encoding, job: Job) -> Iterator[Sample]:
+    for sample in job.samples:
+        try:
+            image, suffix = encoding(*source.read(job.split, sample))
+        except SampleError as bad:
+            log.warning("left out sample %d of %s: %s %s", sample, job.split, bad.reason, bad.detail)
+            continue
+        yield Sample(image, suffix, source.labels[job.split][sample])
+
+
+def _describe(source: Source, out: Path, jobs: list[Job], fingerprint: dict[str, Any]) -> None:
+    splits: dict[str, Any] = {
+        split: {"samples": 0, "left_out": 0, "class_counts": np.zeros(len(source.class_names), int), "shards": []}
+        for split in source.labels
     }
-    partial = out / f"{DESCRIPTION}.part"
-    partial.write_text(json.dumps(description, indent=1) + "\n")
-    partial.replace(out / DESCRIPTION)
+    for job in jobs:
+        info, entries = read_index(job.path(out))
+        split = splits[job.split]
+        split["samples"] += info.samples
+        split["left_out"] += len(job.samples) - info.samples
+        split["class_counts"] += np.bincount(entries["label"], minlength=len(source.class_names))
+        split["shards"].append({"file": job.path(out).name, "samples": info.samples, "sha256": info.sha256})
+    for split in splits.values():
+        split["class_counts"] = split["class_counts"].tolist()
+    write_description(out, source.name, list(source.class_names), splits, fingerprint)
 
 
-def _samples(source: Source, split: str, ids: list[int]) -> Iterator[Sample]:
-    for sample in ids:
-        image, suffix = source.read(split, sample)
-        yield Sample(image, suffix, source.labels[split][sample])
+def write_description(
+    out: Path, name: str, class_names: list[str], splits: dict[str, Any], plan: dict[str, Any]
+) -> None:
+    """Write `dataset.json`, beside and renamed."""
+    description = {"format": FORMAT, "name": name, "classes": class_names, "splits": splits, "plan": plan}
+    beside = out / f"{DESCRIPTION}.part"
+    beside.write_text(json.dumps(description, indent=1) + "\n")
+    beside.replace(out / DESCRIPTION)
 
 
-def _listed(path: Path, info: ShardInfo) -> dict[str, Any]:
-    return {"file": path.name, "samples": info.samples, "sha256": info.sha256}
+class _Progress:
+    """How far, how fast, how long still: a bar on a terminal, a log line every few seconds elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm(total=total, unit="img", disable=None)
+        self._total, self._done, self._start, self._said = total, 0, time.monotonic(), time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, num_samples: int) -> None:
+        """Count samples that are written."""
+        self._done += num_samples
+        self._bar.update(num_samples)
+        now = time.monotonic()
+        if self._bar.disable and (now - self._said > _REPORT_SECONDS or self._done == self._total):
+            self._said = now
+            rate = self._done / max(now - self._start, 1e-9)
+            left = (self._total - self._done) / rate
+            log.info("%d of %d images, %.0f images/s, %.0f s left", self._done, self._total, rate, left)

@@ -1,20 +1,12 @@
-"""The configuration: typed sections, strict YAML, `section.key=value` overrides, saved with the run.
-
-Every default stands here and nowhere else. `load` turns a file and overrides into a `Config` or raises `UserError`
-with one line that names the key, the value and the remedy.
-"""
+"""The sections and keys of a configuration: every default stands here and nowhere else."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from esam_dist import combinations
-from esam_dist.errors import UserError
 from esam_dist.schedule import Schedule
 
 
@@ -75,8 +67,28 @@ class Data(Section):
     """Height and width of the images that the network sees, in pixels."""
     augment: Literal["none", "shift", "imagenet"] = "shift"
     """`shift`: random crop after a zero border of 1/8; `imagenet`: random resized crop and flip."""
+    progressive: list[Annotated[list[Count | NonNegative], Field(min_length=2, max_length=2)]] = []
+    """`[[epoch, size], ...]`: from each epoch on, train at that size instead of `image_size`."""
     flip: bool = False
     """Mirror half of the training images; `augment: imagenet` always does."""
+    crop_area: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.08, 1.0]
+    """`augment: imagenet`: smallest and largest share of the image's area in a crop."""
+    antialias: bool = True
+    """Average all pixels where a training crop shrinks; false: four neighbours only, faster on large originals."""
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Colour and shape distortions after the crop: RandAugment (two of `magnitude`) or TrivialAugment."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of `policy: randaugment`."""
+    color_jitter: NonNegative = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    erase: Annotated[Real, Field(ge=0.0, le=1.0)] = 0.0
+    """Probability that a rectangle of a training image is replaced by the mean colour."""
+    mixup: NonNegative = 0.0
+    """Alpha of mixup: each batch is blended with itself, shifted by one; labels become soft. 0: off."""
+    cutmix: NonNegative = 0.0
+    """Alpha of CutMix, likewise; with both on, each batch draws one of the two."""
+    repeats: Count = 1
+    """Times that each sample appears in a row, augmented anew; an epoch then visits 1 / repeats of the samples."""
     crop_ratio: Annotated[Real, Field(gt=0.0, le=1.0)] = 1.0
     """Validation sees this share of the shorter side, centred: 0.875 is resize 256, crop 224."""
     mean: Annotated[list[Real], Field(min_length=3, max_length=3)] = [0.485, 0.456, 0.406]
@@ -85,6 +97,14 @@ class Data(Section):
     """Red, green and blue are divided by it, in units of the full range."""
     shuffle_window: Count = 16
     """Samples are shuffled within this many shards, themselves in shuffled order."""
+    stream: str = ""
+    """Training shards to draw from instead, for ever: `pipe:`, `http(s)://`, `s3://` with braces, `{000..146}`."""
+    stream_samples: Annotated[int, Field(ge=0)] = 0
+    """Samples of `stream` that count as one epoch."""
+    stream_cache: Folder | None = None
+    """Folder that keeps the shards of `stream` once they are fetched; empty: nothing is kept."""
+    stream_tries: Count = 5
+    """Attempts to fetch a shard of `stream`, with pauses of 0.5, 1, 2, ... seconds."""
     max_skipped: Annotated[Real, Field(ge=0.0, le=1.0)] = 0.01
     """Largest share of the samples that may be unreadable; a run that meets more stops."""
 
@@ -231,83 +251,3 @@ class Config(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
-
-
-def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read `path` (YAML), apply `section.key=value` overrides in order, and check every value.
-
-    Raises UserError when the file cannot be read, an override has no such form, or a key or value is refused.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: is not YAML ({' '.join(str(error).split())})") from error
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(f"config {path}: must hold sections such as 'train:', not {type(values).__name__}")
-    for override in overrides or []:
-        _apply(values, override)
-    return parse(values, str(path))
-
-
-def parse(values: dict[str, Any], source: str) -> Config:
-    """Check plain `values`, named `source` in errors, against the sections. Raises UserError for the first fault."""
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_first_fault(error, source)) from None
-    combinations.check(config)
-    return config
-
-
-def dump(config: Config) -> str:
-    """The resolved configuration as YAML; `parse(yaml.safe_load(dump(c)))` equals `c`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Every value as `section.key`."""
-    sections = config.model_dump(mode="json")
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-
-
-def keys() -> dict[str, tuple[str, str]]:
-    """Every key as `section.key`, with its default and its one-paragraph description."""
-    table = {}
-    for section, field in Config.model_fields.items():
-        for key, entry in type(field.default).model_fields.items():
-            default = field.default.model_dump(mode="json")[key]
-            table[f"{section}.{key}"] = ("" if default is None else str(default), entry.description or "")
-    return table
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not equals or not dot or not section or not name or "." in name:
-        raise UserError(f"override {override!r}: must have the form section.key=value, such as train.epochs=5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
-    current = values.setdefault(section, {})
-    if current is None:
-        current = values[section] = {}
-    if not isinstance(current, dict):
-        raise UserError(f"override {override!r}: {section!r} is not a section in the file")
-    current[name] = value
-
-
-def _first_fault(error: ValidationError, source: str) -> str:
-    fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"][:2])
-    if fault["type"] == "extra_forbidden":
-        known = list(keys()) if "." in where else list(Config.model_fields)
-        near = difflib.get_close_matches(where, known, n=3, cutoff=0.5) or known[:3]
-        return f"{source}: unknown key {where!r}; did you mean {', '.join(near)}?"
-    value = fault["input"]
-    shown = repr(str(value) if isinstance(value, Path) else value)
-    return f"{source}: {where} = {shown[:80]} is refused: {fault['msg'].removeprefix('Value error, ')}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from esam_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from esam_dist.config import Config
+    from esam_dist.config.sections import Config
 
 
 def check(config: Config) -> None:

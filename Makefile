@@ -1,0 +1,38 @@
+# Everything runs in .venv, which the first target that needs it sets up; PYTHON=python3.12 chooses its interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test check test-slow bench clean
+
+# ESAM on handwritten digits, on two ranks: continues where it was stopped; `rm -r runs/digits_esam` starts anew.
+train: .venv/installed data/digits/dataset.json
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m esam_dist train configs/digits_esam.yaml
+
+# What every change must pass: under ten minutes on two cores.
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# The full matrix, the quick set included.
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ''
+
+bench: .venv/installed data/digits/dataset.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+# All but the data and the runs.
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+data/digits/dataset.json: | .venv/installed
+	$(BIN)/esam-dist prepare digits data/digits

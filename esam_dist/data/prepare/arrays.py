@@ -1,0 +1,148 @@
+"""Datasets that come as arrays in a few files: CIFAR's python batches, and the idx files of Fashion-MNIST.
+
+Their archives are user input: the pickles are read by an unpickler that builds arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from esam_dist.data.prepare.encode import png
+from esam_dist.data.prepare.source import digest_of
+from esam_dist.errors import UserError
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package `dataset-fashion-mnist` puts its files."""
+
+_FASHION = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_CIFAR10 = {"train": [f"data_batch_{number}" for number in range(1, 6)], "validation": ["test_batch"]}
+_CIFAR100 = {"train": ["train"], "validation": ["test"]}
+
+Array = NDArray[Any]
+
+
+class ArraySource:
+    """Images as arrays in memory, stored as PNG: nothing is lost, and at this size JPEG saves nothing."""
+
+    def __init__(
+        self, name: str, class_names: Sequence[str], images: Mapping[str, Array], labels: Mapping[str, Array]
+    ) -> None:
+        self.name, self.class_names = name, tuple(class_names)
+        self._images = images
+        self.labels = {split: values.astype(int).tolist() for split, values in labels.items()}
+        self.digest = digest_of([self.labels, *(array.tobytes() for array in images.values())])
+        for split, values in self.labels.items():
+            if len(values) != len(images[split]) or not all(0 <= label < len(class_names) for label in values):
+                raise UserError(f"{name}: images and labels of the split {split!r} do not match; get the files again")
+
+    def read(self, split: str, sample: int) -> tuple[bytes, str]:
+        """An image as PNG."""
+        return png(Image.fromarray(self._images[split][sample]))
+
+
+def fashion_mnist(folder: Path | None) -> ArraySource:
+    """The idx files (plain or .gz) in `folder`, or in Debian's package. Raises UserError when they are not there."""
+    folder = folder or DEBIAN_FASHION_MNIST
+    files = {"train": "train", "validation": "t10k"}
+    images = {split: _idx(folder, f"{stem}-images-idx3-ubyte") for split, stem in files.items()}
+    labels = {split: _idx(folder, f"{stem}-labels-idx1-ubyte") for split, stem in files.items()}
+    return ArraySource("fashion-mnist", _FASHION, images, labels)
+
+
+def cifar(name: str, path: Path) -> ArraySource:
+    """CIFAR-10 or CIFAR-100 (`cifar10`, `cifar100`) from the folder or .tar.gz of python batches at `path`."""
+    files = _CIFAR10 if name == "cifar10" else _CIFAR100
+    label_key, names_file, names_key = (
+        ("labels", "batches.meta", "label_names") if name == "cifar10" else ("fine_labels", "meta", "fine_label_names")
+    )
+    read = _archive(path)
+    names = [_text(entry) for entry in read(names_file)[names_key]]
+    images, labels = {}, {}
+    for split, members in files.items():
+        batches = [read(member) for member in members]
+        rows = np.concatenate([batch["data"] for batch in batches])
+        images[split] = np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels[split] = np.concatenate([np.asarray(batch[label_key]) for batch in batches])
+    return ArraySource(name, names, images, labels)
+
+
+def _idx(folder: Path, stem: str) -> Array:
+    path = next((file for file in (folder / f"{stem}.gz", folder / stem) if file.exists()), None)
+    if path is None:
+        raise UserError(
+            f"--from {folder}: has no {stem}.gz; give the folder of the idx files, or install the Debian package "
+            "dataset-fashion-mnist"
+        )
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise UserError(f"--from {folder}: {path.name} is damaged ({error}); get it again") from None
+
+
+def _archive(path: Path) -> Any:
+    """A function that reads a batch by its file name, from a folder or a tar archive."""
+    if not path.exists():
+        raise UserError(f"--from {path}: no such file or folder; give the folder or .tar.gz of the python batches")
+    if path.is_dir():
+        found = {file.name: file.read_bytes() for file in path.rglob("*") if file.is_file() and not file.suffix}
+        found |= {file.name: file.read_bytes() for file in path.rglob("batches.meta")}
+    else:
+        try:
+            with tarfile.open(path) as tar:
+                members = [member for member in tar if member.isfile()]
+                found = {Path(m.name).name: file.read() for m in members if (file := tar.extractfile(m)) is not None}
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise UserError(f"--from {path}: is not a tar archive ({error}); get it again") from None
+
+    def read(name: str) -> dict[str, Any]:
+        if name not in found:
+            raise UserError(f"--from {path}: has no file {name!r}; give the folder or .tar.gz of the python batches")
+        try:
+            batch = _ArraysOnly(io.BytesIO(found[name]), encoding="bytes").load()
+            return {_text(key): value for key, value in batch.items()}
+        except (pickle.UnpicklingError, EOFError, ValueError, AttributeError) as error:
+            raise UserError(f"--from {path}: {name} is not a python batch ({error}); get it again") from None
+
+    return read
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds numpy arrays and plain values; any other class in a pickle is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if module in {"numpy.core.multiarray", "numpy._core.multiarray"} and name == "_reconstruct":
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        if module in {"numpy.core.numeric", "numpy._core.numeric"} and name == "_frombuffer":
+            return np._core.numeric._frombuffer  # type: ignore[attr-defined]
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, _: text.encode("latin1")
+        raise pickle.UnpicklingError(f"refuses {module}.{name}")
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

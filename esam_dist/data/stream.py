@@ -1,0 +1,154 @@
+"""Shards behind URLs, without an index: webdataset draws them with replacement, for ever.
+
+So ranks never run out at different times, but neither is every sample seen once per epoch, nor is resuming exact: a
+resumed run goes on with shards drawn anew. Whoever can, should copy the shards and read them by their index.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader, IterableDataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from esam_dist import config
+from esam_dist.data.dataset import SampleError
+from esam_dist.data.decode import SUFFIXES
+from esam_dist.data.fetch import FetchError, fetch
+from esam_dist.data.order import mix
+from esam_dist.data.samples import Raw, Skip, View, image_size, pixel_buffer
+from esam_dist.errors import UserError
+
+SHUFFLE_SAMPLES = 1000
+MAX_LOST_SHARDS = 3
+"""So many different shards in a row that cannot be fetched stop the run (or all, if there are fewer)."""
+
+_STREAM = 31
+
+Sample = dict[str, Any]
+
+
+class Position(NamedTuple):
+    """Where one rank enters the stream."""
+
+    seed: int
+    rank: int
+    samples_seen: int
+    num_samples: int
+    samples_per_step: int
+
+
+class StreamedBatches(IterableDataset[Raw]):
+    """Batches of one rank, endless; each worker draws shards of its own."""
+
+    def __init__(self, cfg: config.Data, num_classes: int, at: Position) -> None:
+        self._cfg, self._num_classes, self._at = cfg, num_classes, at
+        self._view = View(cfg, train=True)
+        self._max_lost = min(MAX_LOST_SHARDS, len(set(webdataset.ResampledShards(cfg.stream).urls)))
+
+    def __iter__(self) -> Iterator[Raw]:
+        """Batches; one without samples, but with the reasons, when several shards in a row cannot be fetched."""
+        worker = torch.utils.data.get_worker_info()
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        at = self._at
+        seed = int(mix(at.seed, _STREAM, at.rank, at.samples_seen, number)[0])
+        samples = self._shuffled(seed)
+        for step in itertools.count(number, num_workers):
+            epoch = (at.samples_seen + step * at.samples_per_step) // at.num_samples
+            yield self._batch(samples, image_size(self._cfg, epoch), int(mix(step, seed % 2**63)[0] >> np.uint64(1)))
+
+    def _batch(self, samples: Iterator[Sample | Skip], size: int, seed: int) -> Raw:
+        batch_size = self._cfg.batch_size
+        images, labels = pixel_buffer(batch_size, size), torch.empty(batch_size, dtype=torch.int64)
+        flips = torch.zeros(batch_size, dtype=torch.bool)
+        skips: list[Skip] = []
+        place = 0
+        lost: set[str] = set()
+        while place < batch_size and len(lost) < self._max_lost:
+            sample = next(samples)
+            label = (
+                sample if isinstance(sample, Skip) else self._load(sample, seed + place, images[place], flips[place])
+            )
+            if isinstance(label, Skip):
+                skips.append(label)
+                lost |= {label.name} if label.reason == "unreachable" else set()
+            else:
+                labels[place] = label
+                place, lost = place + 1, set()
+        if place < batch_size:
+            return Raw(images[:0], labels[:0], flips[:0], seed, skips)
+        return Raw(images, labels, flips, seed, skips)
+
+    def _load(self, sample: Sample, seed: int, out: torch.Tensor, flip: torch.Tensor) -> int | Skip:
+        """Fill one place of a batch; returns the label."""
+        try:
+            data, label = self._parts(sample)
+            flip.fill_(self._view(data, seed, out.numpy()))
+        except SampleError as bad:
+            return Skip(f"{sample['__url__']}:{sample['__key__']}", bad.reason, bad.detail)
+        return label
+
+    def _parts(self, sample: Sample) -> tuple[bytes, int]:
+        text = sample.get("cls", b"").strip()
+        if not text.isdigit() or int(text) >= self._num_classes:
+            raise SampleError("label", f"{text[:20]!r} is none of 0 to {self._num_classes - 1}")
+        data = next((sample[suffix[1:]] for suffix in sorted(SUFFIXES) if suffix[1:] in sample), None)
+        if not data:
+            raise SampleError("empty", "holds no image")
+        return data, int(text)
+
+    def _shuffled(self, seed: int) -> Iterator[Sample | Skip]:
+        """Samples of shards drawn with replacement, in a buffer's random order; what is lost comes at once."""
+        random = Random(seed)
+        buffer: list[Sample] = []
+        shards = webdataset.ResampledShards(self._cfg.stream, seed=seed, deterministic=True, worker_seed=lambda: 0)
+        for shard in shards:
+            for sample in self._shard(shard["url"]):
+                if isinstance(sample, Skip):
+                    yield sample
+                    continue
+                buffer.append(sample)
+                if len(buffer) >= min(SHUFFLE_SAMPLES, self._cfg.stream_samples):
+                    place = random.randrange(len(buffer))
+                    buffer[place], buffer[-1] = buffer[-1], buffer[place]
+                    yield buffer.pop()
+
+    def _shard(self, url: str) -> Iterator[Sample | Skip]:
+        broken: list[Exception] = []
+
+        def note(error: Exception) -> bool:
+            broken.append(error)
+            return True
+
+        try:
+            file = fetch(url, tries=self._cfg.stream_tries, cache=self._cfg.stream_cache)
+        except FetchError as error:
+            yield Skip(url, "unreachable", str(error))
+            return
+        with file:
+            members = tar_file_expander([{"url": url, "stream": file}], handler=note)
+            yield from group_by_keys(members, handler=note)
+        yield from (Skip(url, "broken_shard", str(error.args[0])) for error in broken)
+
+
+def check_stream(cfg: config.Data) -> None:
+    """Refuse a stream whose length is unknown, or that names no shard. Raises UserError."""
+    if cfg.stream_samples < cfg.batch_size:
+        raise UserError(
+            f"data.stream_samples = {cfg.stream_samples}: data.stream needs the number of samples that count as an "
+            "epoch, such as 1281167"
+        )
+    if cfg.stream.startswith("pipe:") and shutil.which(cfg.stream.removeprefix("pipe:").split()[0]) is None:
+        raise UserError(f"data.stream = {cfg.stream!r}: there is no such command; install it or mend the URL")
+
+
+def load_stream(batches: StreamedBatches, workers: int, *, pin: bool) -> DataLoader[Any]:
+    """Raw batches, filled by `workers` processes."""
+    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator())

@@ -1,0 +1,217 @@
+"""Every overlay, rendered by kubectl: built-in kinds against their schemas, the rest by its structure."""
+
+import argparse
+import functools
+import subprocess
+
+import kubernetes_validate
+import pytest
+import yaml
+from servers import ROOT, tool
+
+from esam_dist import config, launch
+from esam_dist.launch import arguments
+
+FOLDER = ROOT / "launch/kubernetes"
+OVERLAYS = ["base", *sorted(f"overlays/{path.name}" for path in (FOLDER / "overlays").iterdir())]
+CUSTOM = {"JobSet", "TrainJob", "TrainingRuntime", "PodMonitor", "PrometheusRule"}
+
+
+@functools.cache
+def rendered(overlay):
+    """{kind/name: resource} of one overlay."""
+    command = [tool("kubectl"), "kustomize", str(FOLDER / overlay)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    resources = list(yaml.safe_load_all(done.stdout))
+    named = {f"{resource['kind']}/{resource['metadata']['name']}": resource for resource in resources}
+    assert len(named) == len(resources)
+    return named
+
+
+def pod_template(overlay):
+    resources = rendered(overlay)
+    if "Job/esam" in resources:
+        return resources["Job/esam"]["spec"]["template"]
+    if "JobSet/esam" in resources:
+        return resources["JobSet/esam"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    jobs = resources["TrainingRuntime/esam"]["spec"]["template"]["spec"]["replicatedJobs"]
+    return jobs[0]["template"]["spec"]["template"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_built_in_kinds_fit_their_schemas(overlay):
+    for name, resource in rendered(overlay).items():
+        if resource["kind"] not in CUSTOM:
+            kubernetes_validate.validate(resource, "1.32", strict=True)
+        else:
+            assert "." in resource["apiVersion"].partition("/")[0], name
+
+
+def test_schema_check_finds_a_misspelt_field():
+    job = rendered("base")["Job/esam"]
+    wrong = job | {"spec": job["spec"] | {"backOffLimit": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, "1.32", strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_keep_the_restricted_profile(overlay):
+    spec = pod_template(overlay)["spec"]
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not spec["automountServiceAccountToken"]
+    for container in spec["containers"] + spec.get("initContainers", []):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_probes_ask_the_health_endpoint_and_grace_covers_the_checkpoint(overlay):
+    template = pod_template(overlay)
+    container = template["spec"]["containers"][0]
+    paths = {probe: container[f"{probe}Probe"]["httpGet"] for probe in ("startup", "liveness", "readiness")}
+    assert {probe: get["path"] for probe, get in paths.items()} == {
+        "startup": "/healthz",
+        "liveness": "/healthz",
+        "readiness": "/readyz",
+    }
+    port = next(entry["containerPort"] for entry in container["ports"] if entry["name"] == "metrics-0")
+    assert {get["port"] for get in paths.values()} == {"metrics-0"}
+    assert f"metrics.port={port}" in container["args"]
+    grace = int(next(word for word in container["args"] if word.startswith("--grace=")).partition("=")[2])
+    assert template["spec"]["terminationGracePeriodSeconds"] > grace
+    liveness = container["livenessProbe"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= config.Metrics().stall_seconds
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_arguments_are_options_that_launch_knows(overlay):
+    container = pod_template(overlay)["spec"]["containers"][0]
+    assert container["command"] == ["esam-dist", "launch"]
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    launch.add_arguments(parser)
+    numbers = {"NODES": "2", "RANKS_PER_NODE": "1", "MAX_RESTARTS": "3", "JOB_COMPLETION_INDEX": "1"}
+    numbers |= {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": "1", "RENDEZVOUS": "esam-0.esam:29500"}
+    numbers |= {"PET_MASTER_ADDR": "esam-node-0-0.esam", "PET_MASTER_PORT": "29500"}
+    words = [
+        functools.reduce(lambda w, n: w.replace(f"$({n})", numbers[n]), numbers, word) for word in container["args"]
+    ]
+    assert not [word for word in words if "$(" in word]
+    args = parser.parse_args(words)
+    assert arguments.job(args).max_nodes == 2
+    text = rendered(overlay)["ConfigMap/esam-config"]["data"]["config.yaml"]
+    values = yaml.safe_load(text)
+    for override in args.overrides:
+        section, key = override.partition("=")[0].split(".")
+        values.setdefault(section, {})[key] = yaml.safe_load(override.partition("=")[2])
+    config.parse(values, overlay)
+
+
+@pytest.mark.parametrize("overlay", ["base", "overlays/cpu-smoke", "overlays/imagenet", "overlays/jobset"])
+def test_users_mistake_fails_the_job_and_preemption_does_not_count(overlay):
+    resources = rendered(overlay)
+    job = resources.get("Job/esam") or resources["JobSet/esam"]["spec"]["replicatedJobs"][0]["template"]
+    fail, ignore = job["spec"]["podFailurePolicy"]["rules"]
+    assert fail["action"] == "FailJob"
+    assert fail["onExitCodes"] == {"containerName": "node", "operator": "In", "values": [2]}
+    assert ignore["action"] == "Ignore"
+    assert ignore["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert job["spec"]["completionMode"] == "Indexed"
+
+
+@pytest.mark.parametrize("overlay", ["base", "overlays/cpu-smoke", "overlays/imagenet"])
+def test_job_size_settings_and_meeting_point_agree(overlay):
+    resources = rendered(overlay)
+    settings = resources["ConfigMap/esam-settings"]["data"]
+    job = resources["Job/esam"]["spec"]
+    assert settings["NODES"] == str(job["parallelism"]) == str(job["completions"])
+    service = resources["Service/esam"]["spec"]
+    assert service["clusterIP"] == "None"
+    assert service["publishNotReadyAddresses"]
+    assert service["selector"].items() <= job["template"]["metadata"]["labels"].items()
+    assert job["template"]["spec"]["subdomain"] == "esam"
+    assert settings["RENDEZVOUS"] == "esam-0.esam:29500"
+
+
+def test_one_metrics_port_per_rank_is_declared_and_scraped():
+    container = pod_template("overlays/imagenet")["spec"]["containers"][0]
+    ports = {entry["name"]: entry["containerPort"] for entry in container["ports"] if "metrics" in entry["name"]}
+    assert ports == {f"metrics-{rank}": 9400 + rank for rank in range(8)}
+    monitor = rendered("overlays/prometheus-operator")["PodMonitor/esam"]["spec"]
+    assert [entry["port"] for entry in monitor["podMetricsEndpoints"]] == sorted(ports)
+    assert monitor["selector"]["matchLabels"].items() <= pod_template("base")["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_network_policy_closes_all_but_the_run_and_its_metrics(overlay):
+    policy = rendered(overlay)["NetworkPolicy/esam"]["spec"]
+    labels = pod_template(overlay)["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    own, monitoring = policy["ingress"]
+    assert own["from"][0]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert monitoring["ports"] == [{"protocol": "TCP", "port": 9400, "endPort": 9407}]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+
+
+def test_jobset_runs_the_bases_pods_and_its_meeting_point_is_its_pod_zero():
+    resources = rendered("overlays/jobset")
+    assert "Job/esam" not in resources
+    assert "Service/esam" not in resources
+    spec = resources["JobSet/esam"]["spec"]
+    name, subdomain = spec["replicatedJobs"][0]["name"], spec["network"]["subdomain"]
+    assert resources["ConfigMap/esam-settings"]["data"]["RENDEZVOUS"] == f"esam-{name}-0-0.{subdomain}:29500"
+    base = pod_template("base")
+    copied = pod_template("overlays/jobset")
+    assert copied["spec"] == {key: value for key, value in base["spec"].items() if key != "subdomain"}
+
+
+def test_trainer_runs_the_bases_pods_and_tells_them_the_size():
+    resources = rendered("overlays/kubeflow-trainer")
+    job = resources["TrainJob/esam"]["spec"]
+    assert job["runtimeRef"] == {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": "esam"}
+    runtime = resources["TrainingRuntime/esam"]["spec"]
+    replicated = runtime["template"]["spec"]["replicatedJobs"][0]
+    step = replicated["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"]
+    assert step == "trainer"
+    container = pod_template("overlays/kubeflow-trainer")["spec"]["containers"][0]
+    base = pod_template("base")["spec"]["containers"][0]
+    assert replicated["name"] == container["name"] == "node"
+    assert container["args"][4:] == base["args"][4:]
+    assert {k: v for k, v in container.items() if k != "args"} == {k: v for k, v in base.items() if k != "args"}
+
+
+def test_prometheus_rule_and_dashboard_are_the_files_of_the_repository():
+    resources = rendered("overlays/prometheus-operator")
+    rules = yaml.safe_load((ROOT / "launch/prometheus/rules.yaml").read_text())
+    assert resources["PrometheusRule/esam"]["spec"] == rules
+    dashboard = resources["ConfigMap/esam-dashboard"]
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert dashboard["data"]["dashboard.json"] == (ROOT / "launch/grafana/dashboard.json").read_text()
+    assert not pod_template("overlays/prometheus-operator")["metadata"]["annotations"]
+
+
+@pytest.mark.parametrize("overlay", ["base", "jobset", "kubeflow-trainer"])
+def test_launch_renders_the_job_for_one_config(overlay, tmp_path, capsys):
+    tool("kubectl")
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {epochs: 3}\n")
+    parser = argparse.ArgumentParser()
+    launch.add_arguments(parser)
+    options = ["--with=kubernetes", "--nnodes=5", "--nproc-per-node=4", "--image=host:5000/esam:7"]
+    assert launch.run(parser.parse_args([*options, "--namespace=train", f"--overlay={overlay}", str(path)])) == 0
+    text = capsys.readouterr().out
+    resources = {resource["kind"]: resource for resource in yaml.safe_load_all(text) if resource["kind"] != "ConfigMap"}
+    assert {resource["metadata"]["namespace"] for resource in resources.values()} == {"train"}
+    assert "image: host:5000/esam:7" in text
+    assert "epochs: 3" in text
+    if overlay == "kubeflow-trainer":
+        assert resources["TrainJob"]["spec"]["trainer"] == {"numNodes": 5, "numProcPerNode": 4}
+        return
+    assert 'NODES: "5"' in text
+    job = resources.get("Job") or resources["JobSet"]["spec"]["replicatedJobs"][0]["template"]
+    assert (job["spec"]["parallelism"], job["spec"]["completions"]) == (5, 5)

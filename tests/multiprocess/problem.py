@@ -1,0 +1,104 @@
+"""A small problem with everything that distributed training must get right, and its training on one real rank."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esam_dist import config
+from esam_dist.clock import PhaseClock
+from esam_dist.data import Batch
+from esam_dist.engine import build_engine
+from esam_dist.esam import Memory, StepStats
+from esam_dist.models import Classifier
+from esam_dist.ranks import Ranks
+from esam_dist.rule import Rule
+from esam_dist.train import micro_batch
+
+BATCH, CLASSES = 6, 5
+
+
+class Network(nn.Module):
+    """Convolutions, BatchNorm, dropout, a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+        )
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.dropout(self.body(images).mean(dim=(2, 3))))
+
+
+def make_network(dtype: torch.dtype) -> Network:
+    torch.manual_seed(0)
+    return Network().to(dtype).train()
+
+
+def make_batch(rank: int, step: int, micro: int, dtype: torch.dtype, size: int = BATCH) -> tuple[Tensor, Tensor]:
+    """Ranks hold data of unlike difficulty, so that they keep unequal numbers of samples."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+    images = torch.randn(size, 3, 8, 8, generator=generator) * (1.0 + 2.0 * rank)
+    return images.to(dtype), torch.randint(CLASSES, (size,), generator=generator)
+
+
+@dataclass
+class Outcome:
+    """What one rank has after training."""
+
+    state: dict[str, Any]
+    digest: str
+    stats: list[StepStats]
+
+
+def configuration(method: dict[str, Any], **sections: dict[str, Any]) -> config.Config:
+    values: dict[str, Any] = {
+        "data": {"batch_size": BATCH},
+        "optim": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "decay_norm_and_bias": True},
+        "method": {"rho": 0.2, **method},
+    }
+    for section, entries in sections.items():
+        values[section] = values.get(section, {}) | entries
+    return config.parse(values, "test")
+
+
+def train_rank(ranks: Ranks, cfg: config.Config, steps: int, dtype: torch.dtype, start: Any = None) -> Outcome:
+    """Train `steps` updates on this rank as the loop does, from `start` (a state, and its step) or from scratch."""
+    classifier = Classifier(make_network(dtype), cfg.train.precision)
+    engine = build_engine(classifier, cfg, ranks)
+    memory, clock, stats = Memory(), PhaseClock(ranks.device), []
+    first = 0
+    if start is not None:
+        state, first = start
+        engine.load_state_dict(state)
+    for step in range(first, first + steps):
+        rule = Rule.at(cfg, step=step, epoch=float(step))
+        for micro in range(cfg.train.accumulate):
+            batch = Batch(*make_batch(ranks.rank, step, micro, dtype, cfg.data.batch_size))
+            stats += micro_batch(
+                engine,
+                batch,
+                rule,
+                cfg.method.group_size,
+                lr=cfg.optim.lr,
+                ranks=ranks,
+                seed=(cfg.run.seed, step, micro),
+                clock=clock,
+                memory=memory,
+            )
+        ranks.average_buffers(classifier)
+    state = engine.state_dict()
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state["model"].values())).hexdigest()
+    return Outcome(state, digest, stats)

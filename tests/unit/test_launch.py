@@ -1,0 +1,239 @@
+"""Options, commands, checks and scripts of `esam-dist launch`, without starting a job."""
+
+import argparse
+import io
+import shlex
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esam_dist import config, launch
+from esam_dist.errors import UserError
+from esam_dist.launch import arguments, checks, compose, follow, kubernetes, meet, slurm
+
+FACTS = {"torch": "2.15", "config": "train:\n  epochs: 3\n"}
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    launch.add_arguments(parser)
+    return parser.parse_args([*words, "run.yaml", "train.epochs=3"])
+
+
+def job(*words):
+    return arguments.job(parsed("--nproc-per-node=2", *words))
+
+
+def command(*words):
+    composed = compose.command(job(*words), Path("logs"), FACTS)
+    assert composed[-4:] == ["esam_dist", "train", "run.yaml", "train.epochs=3"]
+    return composed[1:-5]
+
+
+def test_one_node_stands_alone():
+    words = [
+        "--nproc-per-node=2",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--max-restarts=0",
+        "--log-dir=logs",
+        "--tee=3",
+    ]
+    assert command() == ["-m", "torch.distributed.run", *words]
+
+
+def test_numbered_nodes_meet_at_node_zero():
+    words = command("--nnodes=3", "--node-rank=1", "--rendezvous=head:1234")
+    assert {"--nnodes=3", "--node-rank=1", "--master-addr=head", "--master-port=1234"} <= set(words)
+    assert "--rdzv-backend=c10d" not in words
+
+
+def test_nodes_that_come_and_go_meet_by_c10d_and_may_restart():
+    words = command("--nnodes=1:4", "--rendezvous=head", "--local-addr=10.0.0.2")
+    assert {"--nnodes=1:4", "--rdzv-backend=c10d", "--rdzv-endpoint=head:29500", "--max-restarts=3"} <= set(words)
+    assert "--local-addr=10.0.0.2" in words
+
+
+def test_numbered_nodes_that_may_restart_meet_by_c10d():
+    words = command("--nnodes=2", "--node-rank=0", "--rendezvous=head", "--max-restarts=2")
+    assert {"--nnodes=2", "--rdzv-backend=c10d", "--rdzv-conf=is_host=True"} <= set(words)
+
+
+def test_nodes_of_another_version_or_config_do_not_share_a_rendezvous():
+    one, same = (compose.meeting_name(job(), dict(FACTS)) for _ in range(2))
+    assert one == same
+    assert one != compose.meeting_name(job(), FACTS | {"torch": "2.14"})
+
+
+def test_deepspeed_on_this_machine():
+    words = command("--with=deepspeed")
+    assert words[:3] == ["-m", "deepspeed.launcher.runner", "--no_local_rank"]
+    assert {"--num_gpus=2", "--enable_each_rank_log=logs"} <= set(words)
+
+
+def test_deepspeed_without_ssh_takes_its_size_from_the_hostfile(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("10.0.0.1 slots=1\n# spare\n10.0.0.2 slots=1\n")
+    options = [f"--hostfile={hosts}", "--no-ssh", "--node-rank=1", "--rendezvous=10.0.0.1:4000"]
+    words = command("--with=deepspeed", *options)
+    assert {"--no_ssh", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=4000"} <= set(words)
+    assert job("--with=deepspeed", *options).max_nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nnodes=2"], "--nnodes 2: the nodes must meet; give --rendezvous"),
+        (["--nnodes=4:1"], "--nnodes 4:1: give a number of nodes"),
+        (["--nnodes=two"], "--nnodes two: give a number of nodes"),
+        (["--nnodes=2", "--rendezvous=head:port"], "--rendezvous head:port: give HOST or HOST:PORT"),
+        (["--nnodes=2", "--rendezvous=:29500"], "--rendezvous :29500: give HOST or HOST:PORT"),
+        (["--nnodes=2", "--rendezvous=h", "--node-rank=2"], "--node-rank 2: must lie between 0 and 1"),
+        (["--with=deepspeed", "--nnodes=1:2", "--rendezvous=h"], "deepspeed takes a fixed number"),
+        (["--with=deepspeed", "--no-ssh"], "--no-ssh: also give --hostfile"),
+        (["--with=deepspeed", "--hostfile=/none"], "--hostfile /none: cannot be read"),
+        (["--nproc-per-node=-1"], "--nproc-per-node -1"),
+    ],
+)
+def test_options_that_cannot_work_are_named(options, message):
+    with pytest.raises(UserError) as error:
+        arguments.job(parsed(*options))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "host\n", "host slots\n", "host slots=1 extra\n"])
+def test_hostfile_of_another_form_is_refused(tmp_path, text):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match="HOST slots=N"):
+        job("--with=deepspeed", f"--hostfile={tmp_path / 'hosts'}")
+
+
+def test_missing_data_names_key_and_remedy(tmp_path):
+    cfg = config.parse({"data": {"path": str(tmp_path)}}, "test")
+    with pytest.raises(UserError, match=r"data.path = .*no data there.*esam-dist prepare"):
+        checks.check(job(), cfg)
+
+
+def test_taken_metrics_port_is_found_before_the_start(tmp_path):
+    (tmp_path / "shard").touch()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        values = {"data": {"path": str(tmp_path)}, "metrics": {"port": port - 1}}
+        with pytest.raises(UserError, match=f"metrics.port = {port - 1}: {port} is taken"):
+            checks.check(job(), config.parse(values, "test"))
+
+
+def test_taken_rendezvous_port_is_found_on_node_zero_only():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        options = ["--nnodes=2", f"--rendezvous=head:{taken.getsockname()[1]}"]
+        with pytest.raises(UserError, match="taken on node 0"):
+            checks.check_ports(job(*options, "--node-rank=0"), config.Config())
+        checks.check_ports(job(*options, "--node-rank=1"), config.Config())
+
+
+def test_versions_do_not_depend_on_the_nodes_own_paths(tmp_path):
+    here, there = (config.parse({"data": {"path": p}, "run": {"folder": p}}, "") for p in ("/a", "/b"))
+    assert checks.versions(here) == checks.versions(there)
+    assert checks.versions(here) != checks.versions(config.parse({"train": {"epochs": 7}}, ""))
+
+
+def meet_all(facts_of):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    errors = {}
+
+    def node(rank, facts):
+        try:
+            meet.compare(job("--nnodes=3", f"--rendezvous=127.0.0.1:{port}", f"--node-rank={rank}"), facts, 20)
+        except UserError as error:
+            errors[rank] = str(error)
+
+    threads = [threading.Thread(target=node, args=entry) for entry in facts_of.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return errors
+
+
+def test_nodes_alike_meet_without_a_word():
+    assert meet_all(dict.fromkeys(range(3), FACTS)) == {}
+
+
+def test_every_node_says_which_node_differs_and_how():
+    other = {"torch": "2.15", "config": "train:\n  epochs: 4\n"}
+    errors = meet_all({0: FACTS, 1: FACTS, 2: other})
+    assert set(errors) == {0, 1, 2}
+    assert set(errors.values()) == {
+        "node 2 has another config than node 0 (epochs: 3; epochs: 4); give all nodes the same"
+    }
+    errors = meet_all({0: FACTS, 1: FACTS | {"torch": "2.14"}, 2: FACTS})
+    assert errors[0] == "node 1 runs torch 2.14, node 0 runs 2.15; install the same on all nodes"
+
+
+def test_nodes_that_do_not_come_are_an_error_with_a_remedy():
+    with pytest.raises(UserError, match="the 2 nodes did not meet within 1 s"):
+        meet.compare(job("--nnodes=2", "--rendezvous=127.0.0.1:29513", "--node-rank=1"), FACTS, 1)
+
+
+def test_follow_prefixes_lines_with_the_rank_and_leaves_old_logs_alone(tmp_path):
+    (tmp_path / "old_rank0.log").write_text("yesterday\n")
+    out, over = io.StringIO(), threading.Event()
+    thread = threading.Thread(target=follow.follow, args=(tmp_path, follow.sizes(tmp_path), over, out, 0.01))
+    thread.start()
+    with (tmp_path / "new_rank1.log").open("w") as file:
+        for part in ("first\nsec", "ond\nlast without end"):
+            file.write(part)
+            file.flush()
+    over.set()
+    thread.join(10)
+    assert out.getvalue().splitlines() == ["[rank 1] first", "[rank 1] second", "[rank 1] last without end"]
+
+
+def test_slurm_script_is_bash_and_holds_the_job(tmp_path):
+    wanted = job("--with=slurm", "--nnodes=3", "--grace=120")
+    script = slurm.render(wanted, Path("runs/a/logs"), ["--partition=gpu"])
+    assert "#SBATCH --nodes=3\n" in script
+    assert "#SBATCH --signal=TERM@120\n" in script
+    assert "#SBATCH --partition=gpu\n" in script
+    assert '"run.yaml" "train.epochs=3"' in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_slurm_refuses_what_a_shell_would_change():
+    with pytest.raises(UserError, match="cannot stand in a Slurm script"):
+        slurm.render(job("--with=slurm"), Path("$HOME/logs"), [])
+    with pytest.raises(UserError, match="Slurm allocates a fixed number"):
+        slurm.render(job("--with=slurm", "--nnodes=1:4"), Path("logs"), [])
+
+
+def test_kubernetes_changes_are_the_jobs_own():
+    values = kubernetes.kustomization(job("--with=kubernetes", "--nnodes=3"), "../base", "host:5000/esam:1.2", "train")
+    assert values["images"] == [{"name": "esam-dist", "newName": "host:5000/esam", "newTag": "1.2"}]
+    assert values["namespace"] == "train"
+    assert values["configMapGenerator"][1]["literals"] == ["NODES=3", "RANKS_PER_NODE=2"]
+
+
+def test_unknown_overlay_names_those_there_are():
+    with pytest.raises(UserError, match=r"--overlay moon: is none of .*jobset.*kubeflow-trainer"):
+        kubernetes.render(job("--with=kubernetes"), config.Config(), "moon", None, None)
+
+
+def test_dry_run_prints_a_command_that_a_shell_reads_back(tmp_path, capsys):
+    path = tmp_path / "a config.yaml"
+    path.write_text(yaml.safe_dump({"train": {"epochs": 1}}))
+    parser = argparse.ArgumentParser()
+    launch.add_arguments(parser)
+    assert launch.run(parser.parse_args(["--dry-run", "--nproc-per-node=2", str(path)])) == 0
+    assert shlex.split(capsys.readouterr().out)[-3:] == ["esam_dist", "train", str(path)]

@@ -1,0 +1,90 @@
+"""The run folder: what it says of a run, and how it keeps two runs apart."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from esam_dist import config
+from esam_dist.config import Config
+from esam_dist.errors import UserError
+from esam_dist.ranks import Ranks
+from esam_dist.run_folder import MAY_CHANGE, open_run_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "first"
+
+
+def configured(folder, *overrides):
+    path = folder.parent.parent / "config.yaml"
+    path.write_text("")
+    return config.load(path, [f"run.folder={folder}", *overrides])
+
+
+def begun(folder):
+    """The folder of a run that has left a checkpoint."""
+    open_run_folder(configured(folder), Ranks())
+    (folder / "checkpoints").mkdir()
+    return folder
+
+
+def test_the_folder_holds_config_and_environment(folder):
+    cfg = configured(folder, "train.epochs=3")
+    assert open_run_folder(cfg, Ranks(world_size=2)) == folder
+    assert config.load(folder / "config.yaml") == cfg
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == metadata.version("torch")
+    assert environment["world_size"] == 2
+    assert environment["device"] == "cpu"
+
+
+def test_only_rank_0_writes(folder):
+    open_run_folder(configured(folder), Ranks(rank=1, world_size=2))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "override", ["method.rho=0.1", "model.name=resnet18", "optim.lr=0.2", "run.seed=1", "data.image_size=16"]
+)
+def test_a_run_of_another_config_is_refused_by_key_and_both_values(folder, override):
+    before = (begun(folder) / "config.yaml").read_text()
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError, match=r"choose another run\.folder") as error:
+        open_run_folder(configured(folder, override), Ranks())
+    assert f"{key} = {config.flat(Config())[key]}, not {value}" in str(error.value)
+    assert (folder / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "override", ["train.epochs=40", "engine.name=deepspeed", "metrics.port=9100", "data.workers=0", "checkpoint.keep=5"]
+)
+def test_how_far_where_and_how_watched_may_change(folder, override):
+    open_run_folder(configured(begun(folder), override), Ranks())
+    key, _, value = override.partition("=")
+    assert str(config.flat(config.load(folder / "config.yaml"))[key]) == value
+
+
+def test_a_folder_without_checkpoints_is_free_for_another_config(folder):
+    open_run_folder(configured(folder), Ranks())
+    open_run_folder(configured(folder, "method.rho=0.1"), Ranks())
+
+
+def test_a_new_run_over_an_old_one_is_refused(folder):
+    with pytest.raises(UserError, match=r"run.resume = never"):
+        open_run_folder(configured(begun(folder), "run.resume=never"), Ranks())
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run.folder = .*file.* cannot be written"):
+        open_run_folder(configured(tmp_path / "file" / "run"), Ranks())
+
+
+def test_the_keys_that_may_change_exist():
+    keys = config.keys()
+    sections = {key.partition(".")[0] for key in keys}
+    for key in MAY_CHANGE:
+        assert key in keys or (key.endswith(".*") and Path(key).stem in sections), key
