@@ -138,14 +138,28 @@ class Bench:
             ranks=self._ranks,
             seed=(seed,),
             clock=PhaseClock(self._ranks.device),
-            memory=self._memory[mode.split(",")[0]],
+            memory=self._memory[mode.split(",", maxsplit=1)[0]],
         )
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def count_buckets(self) -> list[int]:
+        """The sizes in bytes of the gradients that DDP averages from now on; it then averages nothing."""
+        sizes: list[int] = []
+
+        def count(_, bucket):  # DDP cannot read annotations that are text
+            sizes.append(bucket.buffer().nbytes)
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        assert self._engine._ddp is not None
+        self._engine._ddp.register_comm_hook(None, count)
+        return sizes
+
     def forget(self, mode: str) -> None:
         """Drop what the mode carries from step to step."""
-        self._memory.pop(mode.split(",")[0], None)
+        self._memory.pop(mode.split(",", maxsplit=1)[0], None)
 
 
 def seeds(count: int) -> list[int]:
@@ -163,7 +177,7 @@ def seeds(count: int) -> list[int]:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank hands to collectives."""
+    """Counts the bytes that this rank hands to collectives, DDP's own (in C++) not among them."""
 
     total = 0
 
@@ -206,12 +220,16 @@ def count_traffic(model: Model, options: argparse.Namespace, device: torch.devic
     traffic = {}
     with pretended_ranks(device) as ranks:
         bench = Bench(model, options, 4, ranks)
+        gradient = bench.count_buckets()
+        for _ in range(2):  # after its first step DDP forms its buckets anew, and tells the other ranks
+            bench.step("sgd", 0)
         for mode in modes:
             if mode == "looksam, step between":
                 bench.step("looksam, perturbed step", 0)
-            with Traffic() as counted:
+            gradient.clear()
+            with Traffic() as other:
                 bench.step(mode, 0)
-            traffic[mode] = counted.total
+            traffic[mode] = sum(gradient) + other.total
     return traffic
 
 
@@ -417,10 +435,13 @@ def main() -> None:
 
 
 def measure(model_name: str, options: argparse.Namespace, device: torch.device, name: str) -> None:
-    """Count what has not been counted before, then time."""
+    """Time, then count what has not been counted before."""
     model, modes = MODELS[model_name], ["sgd", *(mode for mode in options.modes if mode != "sgd")]
     bench = Bench(model, options, options.batch_size or model.batch_size, Ranks(device=device))
     bench.step("sgd", 0)  # momentum, and what libraries set up once
+    times = RESULTS / f"step_cost_times_{name}.csv"
+    first = 1 + max((int(row["repetition"]) for row in read(times) if row["model"] == model_name), default=-1)
+    measure_times(bench, modes, options.repetitions, first, times, model_name)
     counts = RESULTS / f"step_cost_counts_{name}.csv"
     counted = {row["mode"] for row in read(counts) if row["model"] == model_name}
     missing = [mode for mode in modes if mode not in counted]
@@ -431,9 +452,6 @@ def measure(model_name: str, options: argparse.Namespace, device: torch.device, 
             known = {"flops": int(flops[mode]), "peak_bytes": peaks[mode], "traffic_bytes": traffic[mode]}
             append(counts, {"model": model_name, "mode": mode, **known, "machine": machine_of(options, device)})
         print(f"{model_name}: counted", flush=True)
-    times = RESULTS / f"step_cost_times_{name}.csv"
-    first = 1 + max((int(row["repetition"]) for row in read(times) if row["model"] == model_name), default=-1)
-    measure_times(bench, modes, options.repetitions, first, times, model_name)
 
 
 if __name__ == "__main__":
