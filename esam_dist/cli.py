@@ -26,7 +26,7 @@ from esam_dist.metrics import Metrics, rewind
 from esam_dist.models import Classifier, build_model
 from esam_dist.ranks import Ranks, joined
 from esam_dist.run_folder import open_run_folder
-from esam_dist.score import find_head
+from esam_dist.score import watched_head
 from esam_dist.train import TrainState, final_step, train
 
 USER_ERROR = 2
@@ -92,8 +92,6 @@ def _train(args: argparse.Namespace) -> int:
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, data.num_classes)
-    if cfg.method.name == "esam" and cfg.method.score == "head":
-        find_head(module)
     folder = open_run_folder(cfg, ranks)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
     saved = _find_state(cfg, checkpoints) if ranks.is_first else None
@@ -151,7 +149,13 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
         )
     torch.manual_seed(cfg.run.seed)
     device = Ranks.from_environment().device
-    return Classifier(build_model(cfg.model.name, num_classes), cfg.train.precision).to(device)
+    network = build_model(cfg.model.name, num_classes)
+    classifier = Classifier(network, cfg.train.precision, channels_last=cfg.train.channels_last).to(device)
+    if cfg.method.name == "esam" and cfg.method.score == "head":
+        watched_head(classifier)
+    if cfg.train.compile:
+        network.compile()
+    return classifier
 
 
 def _find_state(cfg: config.Config, checkpoints: Checkpoints) -> State | None:

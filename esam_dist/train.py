@@ -15,6 +15,7 @@ from esam_dist.checkpoint import Checkpoints
 from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch, TrainData, ValidationData
 from esam_dist.engine import Engine
+from esam_dist.engine.zero3 import Zero3Engine
 from esam_dist.errors import UserError
 from esam_dist.esam import Memory, StepStats, esam_step
 from esam_dist.evaluate import evaluate
@@ -22,6 +23,7 @@ from esam_dist.metrics import Metrics, TrainRow, ValidationRow
 from esam_dist.ranks import Ranks
 from esam_dist.rule import Rule
 from esam_dist.schedule import learning_rate
+from esam_dist.synchronised import synchronised_step
 
 
 @dataclass
@@ -120,7 +122,10 @@ def micro_batch(
     for group, start in enumerate(range(0, len(batch.labels), size)):
         part = Batch(batch.images[start : start + size], batch.labels[start : start + size])
         names = (*seed, ranks.rank * num_groups + group)
-        yield esam_step(engine, part, rule, lr=lr, ranks=ranks, seed=names, clock=clock, memory=memory)
+        if isinstance(engine, Zero3Engine) and not rule.is_plain:
+            yield synchronised_step(engine, part, rule, lr=lr, ranks=ranks, seed=names, clock=clock)
+        else:
+            yield esam_step(engine, part, rule, lr=lr, ranks=ranks, seed=names, clock=clock, memory=memory)
         if statistics:
             statistics.end_group()
     if statistics:
