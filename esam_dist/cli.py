@@ -26,7 +26,7 @@ from esam_dist.metrics import Metrics, rewind
 from esam_dist.models import Classifier, build_model
 from esam_dist.ranks import Ranks, joined
 from esam_dist.run_folder import open_run_folder
-from esam_dist.score import find_head
+from esam_dist.score import watched_head
 from esam_dist.train import TrainState, final_step, train
 
 USER_ERROR = 2
@@ -93,11 +93,9 @@ def _train(args: argparse.Namespace) -> int:
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, data.num_classes)
-    if cfg.method.name == "esam" and cfg.method.score == "head":
-        find_head(module)
     folder = open_run_folder(cfg, ranks)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
-    saved = _find_state(cfg, checkpoints) if ranks.is_first else None
+    saved = _find_state(cfg, checkpoints, module) if ranks.is_first else None
     with closing(_open_metrics(cfg, ranks, folder, saved, data)) as metrics, joined() as ranks:
         engine = build_engine(module, cfg, ranks)
         saved = ranks.share(saved)
@@ -120,7 +118,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     ranks = Ranks.from_environment()
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, validation.num_classes).to(ranks.device)
-    module.load_state_dict(read(path)["engine"]["model"])
+    state = read(path)
+    _check_fits(path, state, cfg, module)
+    module.load_state_dict(state["engine"]["model"])
     with joined() as ranks:
         score = evaluate(module, validation, ranks)
     if ranks.is_first:
@@ -152,19 +152,36 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
         )
     torch.manual_seed(cfg.run.seed)
     device = Ranks.from_environment().device
-    return Classifier(build_model(cfg.model.name, num_classes), cfg.train.precision).to(device)
+    network = build_model(cfg.model.name, num_classes)
+    classifier = Classifier(network, cfg.train.precision, channels_last=cfg.train.channels_last).to(device)
+    if cfg.method.name == "esam" and cfg.method.score == "head":
+        watched_head(classifier)
+    if cfg.train.compile:
+        network.compile()
+    return classifier
 
 
-def _find_state(cfg: config.Config, checkpoints: Checkpoints) -> State | None:
+def _find_state(cfg: config.Config, checkpoints: Checkpoints, module: Classifier) -> State | None:
     if cfg.run.resume == "never":
         return None
-    if cfg.run.resume != "auto":
-        return read(Path(cfg.run.resume))
-    found = checkpoints.newest()
+    named = Path(cfg.run.resume)
+    found = checkpoints.newest() if cfg.run.resume == "auto" else (named, read(named))
     if found is None:
         return None
-    logging.getLogger(__name__).info("continuing from %s", found[0])
-    return found[1]
+    path, state = found
+    _check_fits(path, state, cfg, module)
+    logging.getLogger(__name__).info("continuing from %s", path)
+    return state
+
+
+def _check_fits(path: Path, state: State, cfg: config.Config, module: Classifier) -> None:
+    """Raise UserError for a checkpoint of another network."""
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    if {name: value.shape for name, value in state["engine"]["model"].items()} != shapes:
+        raise UserError(
+            f"checkpoint {path}: holds another network than model.name = {cfg.model.name} with these classes; "
+            "use the configuration that it was trained with"
+        )
 
 
 def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, saved: State | None, data: TrainData) -> Metrics:

@@ -5,6 +5,7 @@ Shapes: B samples per rank, K classes, D samples that this rank keeps for the de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -117,33 +118,52 @@ def esam_step(
 def _ascend(engine: Engine, batch: Batch, rule: Rule, generator: torch.Generator, ranks: Ranks) -> Ascent:
     """Forward at w, gradient of the drawn tensors, and the selection begun where it needs no perturbed weights."""
     drawn = swp.draw(engine.module, rule.swp, rule.beta, generator)
-    selection: Coordination | None = None
-    selects_early = rule.gamma < 1.0 and rule.score != "forward"
-    if selects_early and rule.score == "random":
-        random_B = torch.rand(len(batch.labels), generator=generator).to(batch.images.device)
-        selection = Coordination(random_B, rule, ranks)
-        if rule.descent == "recycled_exact":
-            return _ascend_in_parts(engine, batch, rule, drawn.params, selection)
-    with score.inputs_of(score.find_head(engine.module) if rule.score == "head" else None) as inputs:
-        logits_BK = engine.module(batch.images)
+    if rule.descent == "recycled_exact" and rule.gamma < 1.0:
+        return _ascend_in_parts(engine, batch, rule, drawn.params, generator, ranks)
+    logits_BK, score_B = early_scores(engine, batch, rule, generator, engine.module)
+    selection = None if score_B is None else Coordination(score_B, rule, ranks)
     loss_B = per_sample_loss(logits_BK, batch.labels, rule)
-    if selects_early and rule.score == "loss":
-        selection = Coordination(loss_B.detach(), rule, ranks)
-    if selects_early and rule.score == "head":
-        targets_BK = score.targets_of(batch.labels, logits_BK.detach(), rule.label_smoothing)
-        selection = Coordination(score.head_rise(logits_BK.detach(), targets_BK, inputs[0]), rule, ranks)
     grads = torch.autograd.grad(engine.scale(loss_B.mean()), drawn.params, allow_unused=True)
     eps = _perturbation(drawn, grads, rule, generator)
     return Ascent(loss_B.detach(), eps, eps.directions, selection)
 
 
+def early_scores(
+    engine: Engine,
+    batch: Batch,
+    rule: Rule,
+    generator: torch.Generator,
+    forward: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """`forward` of the batch at w, [B, K], and each sample's score [B] where that is known from it."""
+    early = rule.score if rule.gamma < 1.0 else "none"
+    random_B = torch.rand(len(batch.labels), generator=generator) if early == "random" else None
+    head = score.watched_head(engine.module) if early == "head" else None
+    logits_BK = forward(batch.images)
+    score_B: Tensor | None = None
+    if random_B is not None:
+        score_B = random_B.to(logits_BK.device)
+    elif early == "loss":
+        score_B = per_sample_loss(logits_BK.detach(), batch.labels, rule)
+    elif head is not None:
+        targets_BK = score.targets_of(batch.labels, logits_BK.detach(), rule.label_smoothing)
+        score_B = score.head_rise(logits_BK.detach(), targets_BK, score.head_input(head))
+    return logits_BK, score_B
+
+
 def _ascend_in_parts(
-    engine: Engine, batch: Batch, rule: Rule, params: list[torch.nn.Parameter], selection: Coordination
+    engine: Engine,
+    batch: Batch,
+    rule: Rule,
+    params: list[torch.nn.Parameter],
+    generator: torch.Generator,
+    ranks: Ranks,
 ) -> Ascent:
     """The kept samples and the rest in passes of their own, so that only the rest's gradient is recycled.
 
     BatchNorm normalises each part by itself; its statistics move with the rest, the larger part.
     """
+    selection = Coordination(torch.rand(len(batch.labels), generator=generator).to(batch.images.device), rule, ranks)
     index_D, rest = selection.split()
     parts, losses = [], []
     for index, frozen in ((rest, False), (index_D, True)):

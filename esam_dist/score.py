@@ -10,9 +10,6 @@ random    nothing: the control
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,15 +46,22 @@ def find_head(module: nn.Module) -> nn.Linear:
     return layers[-1]
 
 
-@contextmanager
-def inputs_of(head: nn.Linear | None) -> Iterator[list[Tensor]]:
-    """Collects what reaches `head` in the forward passes inside the block, [B, F] each; without a head, nothing."""
-    collected: list[Tensor] = []
-    if head is None:
-        yield collected
-        return
-    hook = head.register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0].detach()))
-    try:
-        yield collected
-    finally:
-        hook.remove()
+def watched_head(module: nn.Module) -> nn.Linear:
+    """The classifier of `module`, which from now on remembers what last reached it: see `head_input`.
+
+    A compiled network must be watched before its first pass: afterwards it would not notice.
+    """
+    head = find_head(module)
+    if _remember not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_remember)
+    return head
+
+
+def head_input(head: nn.Linear) -> Tensor:
+    """What reached a watched head in the latest forward pass, [B, F]."""
+    assert isinstance(head.last_input, Tensor)
+    return head.last_input
+
+
+def _remember(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    head.last_input = inputs[0].detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from esam_dist.checkpoint import Checkpoints
 from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch, TrainData, ValidationData
 from esam_dist.engine import Engine
+from esam_dist.engine.zero3 import Zero3Engine
 from esam_dist.errors import UserError
 from esam_dist.esam import Memory, StepStats, esam_step
 from esam_dist.evaluate import evaluate
@@ -22,6 +24,9 @@ from esam_dist.metrics import Metrics, TrainRow, ValidationRow
 from esam_dist.ranks import Ranks
 from esam_dist.rule import Rule
 from esam_dist.schedule import learning_rate
+from esam_dist.synchronised import synchronised_step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,6 +63,8 @@ def train(
     """
     samples_per_step = cfg.data.batch_size * ranks.world_size * cfg.train.accumulate
     last_step = final_step(cfg, state, data.num_samples, samples_per_step)
+    if state.step >= last_step and ranks.is_first:
+        logger.info("step %d was the last: nothing is left to do; for more, raise train.epochs", state.step)
     batches = data.batches(state.samples_seen)
     clock = PhaseClock(ranks.device)
     window = Window(ranks, data, state)
@@ -120,7 +127,10 @@ def micro_batch(
     for group, start in enumerate(range(0, len(batch.labels), size)):
         part = Batch(batch.images[start : start + size], batch.labels[start : start + size])
         names = (*seed, ranks.rank * num_groups + group)
-        yield esam_step(engine, part, rule, lr=lr, ranks=ranks, seed=names, clock=clock, memory=memory)
+        if isinstance(engine, Zero3Engine) and not rule.is_plain:
+            yield synchronised_step(engine, part, rule, lr=lr, ranks=ranks, seed=names, clock=clock)
+        else:
+            yield esam_step(engine, part, rule, lr=lr, ranks=ranks, seed=names, clock=clock, memory=memory)
         if statistics:
             statistics.end_group()
     if statistics:

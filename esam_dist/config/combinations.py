@@ -94,6 +94,7 @@ def _method(config: Config) -> Faults:
 
 def _engine(config: Config) -> Faults:
     engine, method, train = config.engine, config.method, config.train
+    deepspeed = engine.name == "deepspeed"
     zero3 = engine.name == "deepspeed" and engine.zero_stage == 3
     whole = method.name in ("sgd", "sam") or (method.name == "esam" and set(method.beta.values()) == {1.0})
     return [
@@ -102,6 +103,20 @@ def _engine(config: Config) -> Faults:
             "engine.zero_stage = 3 shards the weights, so that all ranks share one perturbation of all of them: use "
             "method.name = sgd or sam, or esam with beta = 1, swp = tensor, descent = kept and group_size = 0; "
             "or zero_stage 0, 1 or 2",
+        ),
+        (
+            deepspeed and engine.zero_stage == 0 and train.precision == "fp16",
+            "train.precision = fp16 needs engine.zero_stage 1, 2 or 3, where DeepSpeed checks for overflow over all "
+            "ranks; or engine.name = native; or train.precision = bf16",
+        ),
+        (
+            engine.offload and not (deepspeed and engine.zero_stage > 0),
+            "engine.offload = true is DeepSpeed's: it needs engine.name = deepspeed and engine.zero_stage 1, 2 or 3",
+        ),
+        (
+            zero3 and engine.offload,
+            "engine.offload = true moves the averaged gradient away, along which engine.zero_stage = 3 perturbs; "
+            "use zero_stage 1 or 2",
         ),
         (
             zero3 and train.accumulate > 1,

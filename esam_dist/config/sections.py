@@ -120,6 +120,10 @@ class Train(Section):
     """Micro-batches per update: one perturbation and selection each, one all-reduce for all."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the forward passes; weights and updates stay in float32."""
+    channels_last: bool = False
+    """Weights and images with the channels innermost: faster convolutions on GPUs, at half precision above all."""
+    compile: bool = False
+    """Compile the network with `torch.compile`."""
     label_smoothing: BelowOne = 0.0
     """Share of the target spread evenly over all classes."""
     log_every: Count = 10
@@ -210,7 +214,9 @@ class Engine(Section):
     name: Literal["native", "deepspeed"] = "native"
     """`native`: one process or DDP; `deepspeed`: ZeRO."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """DeepSpeed's ZeRO stage: 0, 1 or 2."""
+    """DeepSpeed's ZeRO stage; at 3 all ranks share one perturbation (see docs/architecture.md)."""
+    offload: bool = False
+    """DeepSpeed keeps the optimizer's state and update on the CPU; needs `zero_stage` 1 or more."""
 
 
 class Checkpoint(Section):

@@ -18,14 +18,17 @@ def build_engine(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
     accumulate = cfg.train.accumulate * num_groups
     if cfg.engine.name == "deepspeed":
         from esam_dist.engine.deepspeed import DeepSpeedEngine, deepspeed_config
+        from esam_dist.engine.zero3 import Zero3Engine
 
         ds_config = deepspeed_config(
             batch_size=cfg.data.batch_size // num_groups,
             accumulate=accumulate,
             zero_stage=cfg.engine.zero_stage,
             clip_grad_norm=cfg.optim.clip_grad_norm,
+            offload=cfg.engine.offload,
         )
-        return DeepSpeedEngine(module, optimizer, ranks, ds_config)
+        kind = Zero3Engine if cfg.engine.zero_stage == 3 else DeepSpeedEngine
+        return kind(module, optimizer, ranks, ds_config, fp16=cfg.train.precision == "fp16")
     return NativeEngine(
         module,
         optimizer,

@@ -14,14 +14,23 @@ from esam_dist.engine.state import initial_state, load_by_name, model_state, mom
 from esam_dist.ranks import Ranks
 
 
-def deepspeed_config(*, batch_size: int, accumulate: int, zero_stage: int, clip_grad_norm: float) -> dict[str, Any]:
+def deepspeed_config(
+    *, batch_size: int, accumulate: int, zero_stage: int, clip_grad_norm: float, offload: bool = False
+) -> dict[str, Any]:
     """What `deepspeed.initialize` is given. `batch_size` is per rank and micro-batch."""
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if zero_stage == 3:
+        # All parameters are sharded, so that all can be perturbed in the same way.
+        zero["stage3_param_persistence_threshold"] = 0
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": clip_grad_norm,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         # Progress is ours to report.
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -29,15 +38,25 @@ def deepspeed_config(*, batch_size: int, accumulate: int, zero_stage: int, clip_
 
 
 class DeepSpeedEngine:
-    """See `engine.base.Engine`."""
+    """See `engine.base.Engine`. With `fp16`, DeepSpeed unscales, checks and skips by the loss scale that we set."""
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, ds_config: dict[str, Any]
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        ds_config: dict[str, Any],
+        *,
+        fp16: bool = False,
     ) -> None:
         # Said beforehand, it is not guessed with a warning.
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         import deepspeed
 
+        if ranks.device.type == "cpu":
+            # A C++ extension for all-reduce on one host's CPUs: a minute of compiling, by all ranks at once, for a
+            # path that only tests and trials take.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Finds the process group that is already there, and makes one for a process alone.
         deepspeed.init_distributed(
             dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False, auto_mpi_discovery=False
@@ -48,8 +67,8 @@ class DeepSpeedEngine:
         self._ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._stage = int(ds_config["zero_optimization"]["stage"])
-        self._optimizer = optimizer
-        self._device = ranks.device
+        self._optimizer, self._ranks = optimizer, ranks
+        self._loss_scale = LossScale() if fp16 else None
         if self._stage > 0:
             self._make_shards()
 
@@ -59,10 +78,12 @@ class DeepSpeedEngine:
 
     def scale(self, loss: Tensor) -> Tensor:
         """See `Engine`."""
-        return loss
+        return loss if self._loss_scale is None else loss * self._loss_scale.value
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
+        if self._loss_scale is not None:
+            self._ds.optimizer.override_loss_scale(self._loss_scale.value)
         self._ds.backward(loss)
 
     def step(self, lr: float) -> Tensor:
@@ -79,7 +100,9 @@ class DeepSpeedEngine:
         self._ds.step()
         if ends_update and self._stage > 0:
             grad_norm = self._ds.get_global_grad_norm()
-        return torch.as_tensor(grad_norm, dtype=torch.float32, device=self._device)
+        if ends_update and self._loss_scale is not None:
+            self._loss_scale.update(overflow=self._ds.optimizer.overflow)
+        return torch.as_tensor(grad_norm, dtype=torch.float32, device=self._ranks.device)
 
     def momentum(self, params: list[nn.Parameter]) -> list[Tensor]:
         """See `Engine`."""
@@ -102,7 +125,7 @@ class DeepSpeedEngine:
                 key: value.cpu().clone() if key == "step" else safe_get_full_optimizer_state(param, key).cpu()
                 for key, value in shard.items()
             }
-        return {"model": model_state(self.module), "optimizer": optimizer}
+        return {"model": model_state(self.module), "optimizer": optimizer} | self._scaler_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Engine`."""
@@ -115,11 +138,10 @@ class DeepSpeedEngine:
         for name, param in self._trainable():
             safe_set_full_fp32_param(param, state["model"][name].to(param.device))
             for key, value in state["optimizer"][name].items():
-                if key == "step":
-                    for shard in self._shards().values():
-                        shard["step"] = value.clone()
-                else:
+                if key != "step":
                     safe_set_full_optimizer_state(param, value.to(param.device), key)
+        self._set_update_count(state["optimizer"])
+        self._load_scaler(state)
 
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, param) for name, param in self.module.named_parameters() if param.requires_grad]
@@ -128,16 +150,68 @@ class DeepSpeedEngine:
         """The optimizer's state of each flat shard that this rank owns, by the shard."""
         return self._ds.optimizer.optimizer.state  # type: ignore[no-any-return]
 
+    def _flat_shards(self) -> list[Tensor]:
+        return list(self._ds.optimizer.single_partition_of_fp32_groups)
+
     def _make_shards(self) -> None:
         """Give every shard its initial state now.
 
         DeepSpeed would do it in the first step, but links the state of all parameter groups after the first group's
         update, when the other groups have none yet: their state could not be saved then (seen with 0.19.8).
         """
-        zero = self._ds.optimizer
-        for shard in zero.single_partition_of_fp32_groups:
-            state = initial_state(zero.optimizer, shard)
+        for shard in self._flat_shards():
+            state = initial_state(self._ds.optimizer.optimizer, shard)
             if state:
                 self._shards()[shard] = state
         if self._shards():
-            zero._lazy_init_hp_params_optimizer_state()
+            self._link_shards()
+
+    def _link_shards(self) -> None:
+        self._ds.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_update_count(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """AdamW counts its updates, once for each shard."""
+        count = next(iter(saved.values()), {}).get("step")
+        for shard in self._shards().values():
+            if count is not None and "step" in shard:
+                shard["step"] = count.clone()
+
+    def _scaler_state(self) -> dict[str, Any]:
+        return {"scaler": {} if self._loss_scale is None else self._loss_scale.state_dict()}
+
+    def _load_scaler(self, state: dict[str, Any]) -> None:
+        if self._loss_scale is not None and state.get("scaler"):
+            self._loss_scale.load_state_dict(state["scaler"])
+
+
+class LossScale:
+    """The rule of `torch.amp.GradScaler`, and its form of state, for an engine that checks for overflow itself."""
+
+    GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL = 2.0, 0.5, 2000
+
+    def __init__(self) -> None:
+        self.value = 65536.0
+        self._good_steps = 0
+
+    def update(self, *, overflow: bool) -> None:
+        """Halve after an overflow; double after 2,000 updates without one."""
+        if overflow:
+            self.value, self._good_steps = self.value * self.BACKOFF_FACTOR, 0
+            return
+        self._good_steps += 1
+        if self._good_steps == self.GROWTH_INTERVAL:
+            self.value, self._good_steps = self.value * self.GROWTH_FACTOR, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.amp.GradScaler.state_dict`."""
+        return {
+            "scale": self.value,
+            "growth_factor": self.GROWTH_FACTOR,
+            "backoff_factor": self.BACKOFF_FACTOR,
+            "growth_interval": self.GROWTH_INTERVAL,
+            "_growth_tracker": self._good_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse."""
+        self.value, self._good_steps = state["scale"], state["_growth_tracker"]

@@ -16,9 +16,11 @@ class Classifier(nn.Module):
     Weights stay in float32 whatever `precision`: in bfloat16 most of them could not hold a perturbation of size rho.
     """
 
-    def __init__(self, network: nn.Module, precision: str = "fp32") -> None:
+    def __init__(self, network: nn.Module, precision: str = "fp32", *, channels_last: bool = False) -> None:
         super().__init__()
         self.network = network
+        self._format = torch.channels_last if channels_last else torch.preserve_format
+        network.to(memory_format=self._format)
         self._autocast_type = AUTOCAST_TYPES[precision]
 
     def forward(self, images: Tensor | Callable[[], Tensor]) -> Tensor:
@@ -29,6 +31,7 @@ class Classifier(nn.Module):
         """
         if not isinstance(images, Tensor):
             return images()
+        images = images.to(memory_format=self._format)
         if self._autocast_type is None:
             return self.network(images)  # type: ignore[no-any-return]
         with torch.autocast(images.device.type, self._autocast_type):

@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from tests.commands import here
 
 from esam_dist import __version__, config
+from tests.commands import here
 
 
 def test_version():
