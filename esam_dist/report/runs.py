@@ -116,7 +116,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     mean = sum(values) / len(values) if values else math.nan
     if len(values) < 3:
         return mean, math.nan
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
     return mean, float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))

@@ -74,9 +74,7 @@ class Trial:
 
     def step(self, rule: Rule) -> None:
         clock = PhaseClock(torch.device("cpu"))
-        esam_step(
-            self.engine, self.batch, rule, lr=0.0, ranks=Ranks(), seed=(SEED,), clock=clock, memory=self.memory
-        )
+        esam_step(self.engine, self.batch, rule, lr=0.0, ranks=Ranks(), seed=(SEED,), clock=clock, memory=self.memory)
 
     def held_by_descent(self, rule: Rule) -> int:
         """What was made in the step and is alive when its last forward pass begins."""
