@@ -1,4 +1,5 @@
-"""What a step holds beyond weights, momentum and the passes' own activations, counted to the byte: docs/cost.md's table.
+"""What a step holds beyond weights, momentum and the passes' own activations, to the byte: the table in docs/cost.md.
+
 
 Storages below 1 KiB are left out: losses, scores, labels, scalars. Every parameter is larger.
 """
