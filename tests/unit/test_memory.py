@@ -1,6 +1,5 @@
 """What a step holds beyond weights, momentum and the passes' own activations, to the byte: the table in docs/cost.md.
 
-
 Storages below 1 KiB are left out: losses, scores, labels, scalars. Every parameter is larger.
 """
 
