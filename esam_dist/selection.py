@@ -94,7 +94,7 @@ def shared_threshold(quantiles_WQ: Tensor, fraction: float, num_samples: int, ca
     # Twice the estimate, to keep to whole numbers. Equal values stand or fall together.
     double = (places[2:] - places[:-2]).repeat(W)[order].cumsum(0) + W * (places[1] - 1)
     double = double[torch.searchsorted(-value, -value, right=True) - 1]
-    # All and nothing, too. All is half a sample beyond the lowest value's estimate, which else it would always displace.
+    # All and nothing, too: all half a sample beyond the lowest value's estimate, which else it would always displace.
     most, least = W * (places[-2:].sum() - 1) + 1, W * (places[1] - 1)
     values = torch.cat([value.new_full((1,), -torch.inf), value, value.new_full((1,), torch.inf)])
     error = (torch.cat([most.view(1), double, least.view(1)]) - 2 * wanted).abs()
