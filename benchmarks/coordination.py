@@ -161,7 +161,11 @@ def simulate_thresholds(B: int) -> list[Row]:
                 for Q in (4, 8, 16, 32):
                     for rule in (by_threshold, by_allotment):
                         kept = [rule(scores_WB, gamma, Q, most) for scores_WB in tables]
-                        keys: Row = {"rule": rule.__name__, "Q": Q, "bound": error_bound(W, B, Q, most, gamma)}
+                        keys: Row = {
+                            "rule": rule.__name__,
+                            "Q": Q,
+                            "bound": error_bound(W, B, Q, most, gamma, "zero" in name),
+                        }
                         keys |= errors(tables, exact, kept)
                         rows.append(_keys(name, W, B, gamma, factor, "passed on") | keys)
     return rows
@@ -203,10 +207,11 @@ def _quantiles(scores_WB: Tensor, num_quantiles: int, capacity: int | None) -> T
     return gathered
 
 
-def error_bound(W: int, B: int, num_quantiles: int, capacity: int | None, gamma: float) -> float:
-    """The bound of `shared_threshold` on the error of the total (no equal scores), as a share of the total."""
+def error_bound(W: int, B: int, num_quantiles: int, capacity: int | None, gamma: float, ties: bool) -> float:
+    """The bound of `shared_threshold` on the error of the total, as a share of it; `ties`: ranks hold equal scores."""
     gap = math.ceil((capacity or B) / (num_quantiles + 1))
-    return (W * (gap - 1) + gap) // 2 / selection.num_kept(gamma, W * B, at_least=W)
+    jump = W * gap if ties else gap
+    return (W * (gap - 1) + jump) // 2 / selection.num_kept(gamma, W * B, at_least=W)
 
 
 def errors(tables: list[Tensor], exact: list[Tensor], kept: list[Tensor]) -> Row:
@@ -330,7 +335,8 @@ def plot_stragglers(rows: list[Row]) -> None:
     """Descent inflation against the number of ranks, one panel a distribution, gamma 0.5."""
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), sharex=True, sharey=True, layout="constrained")
     for axis, name in zip(axes.flat, SCORES, strict=False):
-        for color, factor in enumerate(reversed(FACTORS)):
+        # Factor 2 is no capacity at gamma 0.5.
+        for color, factor in enumerate((math.inf, 1.5, 1.25, 1.0)):
             label = "no capacity" if factor == math.inf else f"capacity factor {factor:g}"
             line = _pick(rows, scores=name, gamma=0.5, capacity_factor=factor, overflow="passed on")
             axis.plot(
@@ -341,7 +347,7 @@ def plot_stragglers(rows: list[Row]) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
-        axis.set_ylabel("slowest rank / mean rank, samples kept")
+        axis.set_ylabel("samples kept, slowest / mean rank")
     for axis in [*axes[1, :3], axes[0, 3]]:
         axis.set_xlabel("ranks")
         axis.tick_params(labelbottom=True)
@@ -413,25 +419,26 @@ def plot_thresholds(rows: list[Row]) -> None:
 
 
 def plot_transport(rows: list[Row]) -> None:
-    """Exposed latency of both transports against the number of ranks."""
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    """Exposed latency of both transports against the number of ranks, and of the total's all-reduce."""
+    cases = (("scores", 64, "C0"), ("scores", 1024, "C1"), ("thresholds", "any", "black"))
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5), sharey=True, layout="constrained")
     for axis, network in zip(axes, NETWORKS, strict=True):
         for style, algorithm in (("-", "ring"), ("--", "tree")):
-            cases = [("scores", B, f"scores, B = {B}") for B in (64, 256, 1024)]
-            for color, (transport, B, label) in enumerate([*cases, ("thresholds", "any", "thresholds, Q = 16, any B")]):
+            for transport, B, color in cases:
                 line = _pick(rows, network=network.name, algorithm=algorithm, transport=transport, B=B)
-                axis.plot(
-                    _column(line, "W"),
-                    _column(line, "exposed_microseconds"),
-                    style,
-                    color=f"C{color}",
-                    label=f"{label} ({algorithm})",
-                )
-        axis.set(title=network.name, xlabel="ranks", xscale="log", yscale="log", ylabel="latency a step, microseconds")
+                width = 1.2 if transport == "thresholds" else 3.5
+                label = f"{transport}, {'Q = 16' if B == 'any' else f'B = {B}'}, {algorithm}"
+                latency = _column(line, "exposed_microseconds")
+                axis.plot(_column(line, "W"), latency, style, color=color, lw=width, label=label)
+        line = _pick(rows, network=network.name, algorithm="tree", transport="thresholds")
+        total = _column(line, "hidden_microseconds")
+        axis.plot(_column(line, "W"), total, ":", color="C3", lw=2, label="the kept total's all-reduce (hidden), tree")
+        axis.set(title=network.name, xlabel="ranks", xscale="log", yscale="log", xlim=(1.8, 1150))
         axis.set_xticks([2, 8, 32, 128, 512], ["2", "8", "32", "128", "512"], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0].set_ylabel("latency a step, microseconds")
+    axes[0].legend(fontsize=9)
     figure.suptitle("Latency of the all-gather before the descent (alpha-beta model, not measured)")
     figure.savefig(RESULTS / "coordination_transport.png", dpi=110)
 

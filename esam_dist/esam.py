@@ -99,7 +99,7 @@ def esam_step(
         _average(engine, ascent.eps, descent.with_flat_part(clean, memory.flat, rule.alpha))
         kept, rise = keep_all(loss_B), torch.full_like(loss_B, torch.nan)
     else:
-        keeps_clean = rule.descent != "kept"
+        keeps_clean = rule.descent in ("recycled", "gsam", "looksam")
         with frozen_batchnorm(engine.module), perturbed(ascent.eps, keep_directions=keeps_clean):
             # 2. The samples whose loss rises most, among all ranks or within each.
             kept, rise_B = _keep(engine, batch, rule, ascent, before, ranks, clock)
@@ -108,10 +108,11 @@ def esam_step(
             rise = loss_D - loss_B[kept.index_D] if rise_B is None else rise_B
     clock.end("descent")
 
-    # 4. The update, at w.
+    # 4. The update, at w. The optimizer may use the memory of the direction for its own copies.
+    skipped = (~ascent.eps.finite).float()
+    del ascent
     grad_norm = engine.step(lr)
     clock.end("update")
-    skipped = (~ascent.eps.finite).float()
     return StepStats(loss_B.mean(), rise.mean(), kept.num_kept, kept.threshold, skipped, grad_norm)
 
 
@@ -174,6 +175,7 @@ def _ascend_in_parts(
     loss_B = torch.cat(losses)[torch.cat([rest, index_D]).argsort()]
     share = len(index_D) / len(loss_B)
     whole = list(torch._foreach_lerp(parts[0], parts[1], share))
+    perturb.clear(parts[0])
     return Ascent(loss_B, perturb.along(params, whole, rule.radius), parts[0], selection)
 
 
@@ -237,7 +239,8 @@ def _descend(
     if rule.descent != "kept":
         # Where the ascent gradient was not finite there is nothing to recycle.
         share = ascent.eps.finite.to(loss.dtype) * (1.0 - rule.gamma)
-        loss = (1.0 - share) * loss + descent.inject(ascent.eps.params, _unscale(engine, ascent.recycled, share))
+        recycled = descent.inject(ascent.eps.params, ascent.recycled) / engine.scale(torch.ones_like(share))
+        loss = (1.0 - share) * loss + share * recycled
     engine.backward(loss)
     return loss_D.detach()
 
@@ -258,10 +261,11 @@ def _one_pass(
         with perturbed(eps):
             loss = descend()
     clock.end("descent")
+    skipped = torch.zeros_like(loss) if eps is None else (~eps.finite).float()
+    del eps
     grad_norm = engine.step(lr)
     clock.end("update")
     nan, num_kept = torch.full_like(loss, torch.nan), torch.full_like(loss, float(len(batch.labels)))
-    skipped = torch.zeros_like(loss) if eps is None else (~eps.finite).float()
     return StepStats(loss, nan, num_kept, nan, skipped, grad_norm)
 
 

@@ -56,10 +56,14 @@ def along_adaptive(params: list[nn.Parameter], grads: list[Tensor], norm: float,
 def _scaled(params: list[nn.Parameter], directions: list[Tensor], norm: float, normaliser: Tensor) -> Perturbation:
     finite = torch.isfinite(normaliser)
     scale = torch.where(finite & (normaliser > 0), norm / normaliser, torch.zeros_like(normaliser))
-    # 0 * nan is nan: a direction that is not finite must be cleared, not scaled, or it would reach the weights.
-    for direction in directions:
-        direction.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    clear(directions)
     return Perturbation(params, directions, scale, finite)
+
+
+def clear(grads: list[Tensor]) -> None:
+    """Set what is not finite to 0, in place: 0 * nan is nan, so that no factor could keep it from the weights."""
+    for grad in grads:
+        grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @contextmanager

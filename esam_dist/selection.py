@@ -81,10 +81,10 @@ def shared_threshold(quantiles_WQ: Tensor, fraction: float, num_samples: int, ca
         n <= (W * (g - 1) + j) / 2,    g = ceil(capacity / (Q + 1))
 
     is the gap between places, and j is g where no two ranks hold equal scores and W * g in general; so n < W * g.
-    For a rank with q quantiles above a value has at least as many samples there as the q-th one's place says, and
-    fewer than the next one's: the middle is wrong by (g - 1) / 2 at most. From one value to the next the estimate of
-    all ranks moves by j, of which the nearer end is taken. With Q >= capacity - 1 and no equal scores among ranks, n
-    is 0. Random errors cancel over ranks: docs/coordination.md has what remains.
+    For of its samples after the best, a rank with q quantiles at or above a value has there at least as many as the
+    q-th one's place says, and fewer than the next one's: the middle is wrong by (g - 1) / 2 at most. From one value to
+    the next the estimate of all ranks moves by j at most, and the nearer end is taken. With Q >= capacity - 1 and no
+    equal scores among ranks, n is 0. Random errors cancel over ranks: docs/coordination.md has what remains.
     """
     W, Q = quantiles_WQ.shape
     limit = _limit(num_samples, capacity)
@@ -94,8 +94,8 @@ def shared_threshold(quantiles_WQ: Tensor, fraction: float, num_samples: int, ca
     # Twice the estimate, to keep to whole numbers. Equal values stand or fall together.
     double = (places[2:] - places[:-2]).repeat(W)[order].cumsum(0) + W * (places[1] - 1)
     double = double[torch.searchsorted(-value, -value, right=True) - 1]
-    # All and nothing: half a sample beyond the estimates next to them, so that they are taken where none comes near.
-    most, least = W * (places[-2:].sum() - 1) + 1, W * (places[1] - 1) - 1
+    # All and nothing, too: all half a sample beyond the lowest value's estimate, which else it would always displace.
+    most, least = W * (places[-2:].sum() - 1) + 1, W * (places[1] - 1)
     values = torch.cat([value.new_full((1,), -torch.inf), value, value.new_full((1,), torch.inf)])
     error = (torch.cat([most.view(1), double, least.view(1)]) - 2 * wanted).abs()
     return values.gather(0, error.argmin(keepdim=True)).squeeze(0)

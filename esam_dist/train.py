@@ -235,7 +235,7 @@ def _validate(
     engine: Engine, validation: ValidationData, ranks: Ranks, metrics: Metrics, state: TrainState, num_samples: int
 ) -> float:
     start = time.perf_counter()
-    score = evaluate(engine.module, validation, ranks)
+    score = evaluate(engine.module, validation, ranks, in_step=isinstance(engine, Zero3Engine))
     metrics.validation(
         ValidationRow(
             step=state.step,

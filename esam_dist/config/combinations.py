@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Raise UserError for the first combination in `config` that is refused."""
-    faults = [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config)]
+    faults = [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config), *_metrics(config)]
     for is_refused, reason in faults:
         if is_refused:
             raise UserError(reason)
@@ -124,3 +124,9 @@ def _engine(config: Config) -> Faults:
             "zero_stage 0, 1 or 2",
         ),
     ]
+
+
+def _metrics(config: Config) -> Faults:
+    # the value is not repeated: it would stand in the log
+    reason = "metrics.gateway: holds a password, which config.yaml would keep; let the network protect the gateway"
+    return [("@" in (config.metrics.gateway or ""), reason)]

@@ -65,16 +65,20 @@ def bars(title: str, groups: dict[str, dict[str, float]], order: list[str]) -> s
     if not groups:
         return ""
     longest = max(sum(seconds.values()) for seconds in groups.values())
-    colours = dict(zip(order, COLOURS, strict=False))
+    colours = {
+        phase: colour
+        for phase, colour in zip(order, COLOURS, strict=False)
+        if any(seconds.get(phase) for seconds in groups.values())
+    }
     height = 44 * len(groups) + 8
     parts = []
     for number, (name, seconds) in enumerate(groups.items()):
         top, left = 44 * number + 18, 0.0
         parts.append(f'<text class="label" x="0" y="{top - 5}">{escape(name)}: {sum(seconds.values()):.4g} s</text>')
-        for phase in order:
+        for phase, colour in colours.items():
             width = seconds.get(phase, 0.0) / longest * 960
             parts.append(
-                f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="20" fill="{colours[phase]}">'
+                f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="20" fill="{colour}">'
                 f"<title>{escape(phase)}: {seconds.get(phase, 0.0):.4g} s</title></rect>"
             )
             left += width

@@ -100,7 +100,7 @@ def _number(values: list[float], digits: int) -> str:
     mean, half = interval(values)
     if math.isnan(mean):
         return "-"
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" \u00b1 {half:.{digits}f}")
 
 
 def _table(groups: list[Group]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.metrics import jsonl
 
@@ -135,11 +136,17 @@ def phases(members: Group) -> dict[str, float]:
 
 def _settings(path: Path) -> dict[str, str]:
     sections = yaml.safe_load(path.read_text()) if path.exists() else {}
-    return {f"{name}.{key}": str(value) for name, section in sections.items() for key, value in section.items()}
+    return {
+        f"{name}.{key}": "" if value is None else str(value)
+        for name, section in sections.items()
+        for key, value in section.items()
+    }
 
 
 def _method(run: Run) -> dict[str, str]:
-    return {key: value for key, value in run.settings.items() if not key.startswith(NOT_THE_METHOD)}
+    # A run of an older version lacks the newer keys; it behaved as their defaults do.
+    defaults = {key: default for key, (default, _) in config.keys().items()}
+    return {key: value for key, value in (defaults | run.settings).items() if not key.startswith(NOT_THE_METHOD)}
 
 
 def _keys(runs: list[Run]) -> list[str]:
@@ -149,7 +156,7 @@ def _keys(runs: list[Run]) -> list[str]:
 def _name(members: list[Run], differing: set[str]) -> str:
     if not differing:
         return members[0].folder.name
-    chosen = members[0].settings
+    chosen = _method(members[0])
     words = [chosen.get("method.name", "?")] if "method.name" in differing else []
     words += [f"{key.partition('.')[2]} {chosen.get(key, '-')}" for key in sorted(differing - {"method.name"})]
     return ", ".join(words)

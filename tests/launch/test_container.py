@@ -112,6 +112,7 @@ def test_image_trains_as_a_user_who_can_write_to_the_runs_only(image, digits, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_image_says_what_it_is(image):
     described = json.loads(image("inspect", "--type=image", "localhost/esam-dist"))
     docker = described["Docker"]["config"]

@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from esam_dist.data import Batch
+from esam_dist.engine import build_engine
+from esam_dist.engine.zero3 import Zero3Engine
+from esam_dist.evaluate import evaluate
+from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
 from tests.multiprocess.cluster import Cluster
-from tests.multiprocess.problem import BATCH, Outcome, configuration, train_rank
+from tests.multiprocess.problem import BATCH, Outcome, configuration, make_network, train_rank
 
 ENGINES = {
     "native": {"name": "native"},
@@ -123,3 +128,31 @@ def test_float16_overflow_skips_perturbation_and_update_and_lowers_the_scale(two
         assert skipped == [1.0]
         assert state["scaler"]["scale"] == 2.0**39
         assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+class Shares:
+    """Validation data of which the first rank has two batches and the second none."""
+
+    def __init__(self, rank: int) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.images = torch.randn(5, 3, 8, 8, generator=generator)
+        self.labels = torch.randint(5, (5,), generator=generator)
+        self.parts = [slice(0, 3), slice(3, 5)] if rank == 0 else []
+
+    def batches(self) -> Any:
+        yield from (Batch(self.images[part], self.labels[part]) for part in self.parts)
+
+
+def score_rank(ranks: Ranks, cfg: Any) -> Any:
+    classifier = Classifier(make_network(torch.float32))
+    engine = build_engine(classifier, cfg, ranks)
+    return evaluate(engine.module, Shares(ranks.rank), ranks, in_step=isinstance(engine, Zero3Engine))
+
+
+def test_zero3_validates_where_ranks_have_unequal_numbers_of_batches(two_ranks: Cluster) -> None:
+    scores = [two_ranks.run(score_rank, configuration({"name": "sgd"}, engine=ENGINES[e])) for e in ("native", "zero3")]
+    assert scores[0][0] == scores[0][1]
+    assert scores[1][0] == scores[1][1]
+    assert scores[0][0].num_samples == scores[1][0].num_samples == 5
+    assert scores[1][0].loss == pytest.approx(scores[0][0].loss, rel=1e-6)
+    assert scores[1][0].accuracy == scores[0][0].accuracy

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.report import chart, page, runs
 from esam_dist.report.command import summary
@@ -124,3 +125,13 @@ def test_folder_without_a_run_is_named(tmp_path):
 )
 def test_ticks_are_round_numbers(low, high, expected):
     assert chart.ticks(low, high) == pytest.approx(expected)
+
+
+def test_run_of_a_version_with_fewer_keys_belongs_to_its_method(tmp_path):
+    old, new = (write_run(tmp_path / name, seed=i) for i, name in enumerate(("old", "new")))
+    path = tmp_path / "new/config.yaml"
+    values = config.Config().model_dump(mode="json")
+    values["run"]["seed"], values["data"]["path"] = 1, "x"
+    path.write_text(yaml.safe_dump(values))
+    assert len(runs.group([old, runs.read(tmp_path / "new")])) == 1
+    assert new.seed == "1"

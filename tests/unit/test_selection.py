@@ -305,6 +305,12 @@ def test_the_bound_is_all_but_reached() -> None:
     assert worst >= 14
 
 
+def test_the_lowest_quantile_can_be_the_threshold() -> None:
+    """One rank of 40, quantiles at places 8, 16, 24, 32: for 34 samples the last of them serves better than all."""
+    assert int(above_threshold(torch.randn(1, 40), 34 / 40, 4, None).sum()) == 33
+    assert int(above_threshold(torch.randn(1, 40), 1.0, 4, None).sum()) == 40
+
+
 def test_quantiles_take_the_same_bytes_whatever_the_batch() -> None:
     for B in (1, 2, 7, 1000):
         assert selection.quantiles(torch.randn(B), 16, capacity=5).shape == (16,)
