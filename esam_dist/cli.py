@@ -102,7 +102,7 @@ def _train(args: argparse.Namespace) -> int:
         state, memory = TrainState(), Memory()
         if saved is not None:
             engine.load_state_dict(saved["engine"])
-            memory.load_state_dict(saved["method"], ranks.device)
+            memory.load_state_dict(saved.get("method", {}), ranks.device)
             state = TrainState(**saved["train"])
             state.restarts += 1
             metrics.restarted(state.restarts)

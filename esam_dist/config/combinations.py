@@ -86,6 +86,11 @@ def _method(config: Config) -> Faults:
             "method.name = looksam reuses a direction between perturbations: give method.interval > 1, such as 5",
         ),
         (
+            method.name == "looksam" and (config.train.accumulate > 1 or method.group_size > 0),
+            "method.name = looksam remembers one flat part per update: it needs train.accumulate = 1 and "
+            "method.group_size = 0",
+        ),
+        (
             method.name == "msam" and config.optim.momentum == 0.0,
             "method.name = msam perturbs along the momentum: give optim.momentum > 0",
         ),

@@ -243,3 +243,13 @@ def test_the_right_number_of_samples_is_kept(gamma, scope):
     network = build_model("cifar_resnet8", 10)
     stats = step(network, digits_batch(), sam_rule(gamma=gamma, scope=scope))
     assert float(stats.num_kept) == max(1, int(gamma * 12 + 0.5))
+
+
+def test_recycled_exact_with_nothing_left_to_recycle_is_sam():
+    networks = []
+    for rule in (sam_rule(descent="recycled_exact", score="random", gamma=0.97), sam_rule(name="sam")):
+        torch.manual_seed(0)
+        networks.append(build_model("cifar_resnet8", 10))
+        step(networks[-1], digits_batch(8), rule)
+    for a, b in zip(networks[0].state_dict().values(), networks[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

@@ -16,6 +16,7 @@ FLOORS = [
     {"config", "models", "checkpoint", "score"},
     {"data", "metrics", "engine", "rule", "run_folder", "launch"},
     {"coordinate", "evaluate", "report"},
+    {"ascent"},
     {"esam"},
     {"synchronised"},
     {"train"},
