@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check test-slow bench clean
+.PHONY: train test check test-slow bench readme clean
 
 # ESAM on handwritten digits, on two ranks: continues where it was stopped; `rm -r runs/digits_esam` starts anew.
 train: .venv/installed data/digits/dataset.json
@@ -23,6 +23,10 @@ test-slow: .venv/installed
 
 bench: .venv/installed data/digits/dataset.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+# The table of config keys.
+readme: .venv/installed
+	$(BIN)/python -m tests.unit.test_readme
 
 # All but the data and the runs.
 clean:

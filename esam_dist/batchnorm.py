@@ -36,22 +36,17 @@ class GroupStatistics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self._buffers = list(module.buffers())
         self._start = [buffer.clone() for buffer in self._buffers]
-        self._sum: list[Tensor] | None = None
-        self._num_groups = 0
+        self._ends: list[list[Tensor]] = []
 
     def end_group(self) -> None:
         """Take note of the statistics after one group, and return to the start for the next."""
-        if self._sum is None:
-            self._sum = [buffer.clone() for buffer in self._buffers]
-        elif self._buffers:
-            torch._foreach_add_(self._sum, self._buffers)
-        self._num_groups += 1
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._start)
+        self._ends.append([buffer.clone() for buffer in self._buffers])
+        for buffer, start in zip(self._buffers, self._start, strict=True):
+            buffer.copy_(start)
 
     def finish(self) -> None:
-        """Set the statistics to the mean over the groups."""
-        if self._sum and self._buffers:
-            torch._foreach_copy_(self._buffers, torch._foreach_div(self._sum, self._num_groups))
+        """Set the statistics to the mean over the groups; a count of batches to what one group would have made it."""
+        for buffer, *ends in zip(self._buffers, *self._ends, strict=True):
+            buffer.copy_(torch.stack(ends).mean(0) if buffer.is_floating_point() else ends[0])

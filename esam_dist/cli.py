@@ -15,7 +15,7 @@ from types import FrameType
 
 import torch
 
-from esam_dist import __version__, config, launch
+from esam_dist import __version__, config, launch, report
 from esam_dist.checkpoint import Checkpoints, State, read
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import build_engine
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
     launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
+    report.add_arguments(command("report", report.run, "Write one HTML page about one or several runs."))
     return parser
 
 
@@ -94,14 +95,14 @@ def _train(args: argparse.Namespace) -> int:
     module = _build_module(cfg, data.num_classes)
     folder = open_run_folder(cfg, ranks)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
-    saved = _find_state(cfg, checkpoints) if ranks.is_first else None
+    saved = _find_state(cfg, checkpoints, module) if ranks.is_first else None
     with closing(_open_metrics(cfg, ranks, folder, saved, data)) as metrics, joined() as ranks:
         engine = build_engine(module, cfg, ranks)
         saved = ranks.share(saved)
         state, memory = TrainState(), Memory()
         if saved is not None:
             engine.load_state_dict(saved["engine"])
-            memory.load_state_dict(saved["method"], ranks.device)
+            memory.load_state_dict(saved.get("method", {}), ranks.device)
             state = TrainState(**saved["train"])
             state.restarts += 1
             metrics.restarted(state.restarts)
@@ -117,7 +118,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     ranks = Ranks.from_environment()
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, validation.num_classes).to(ranks.device)
-    module.load_state_dict(read(path)["engine"]["model"])
+    state = read(path)
+    _check_fits(path, state, cfg, module)
+    module.load_state_dict(state["engine"]["model"])
     with joined() as ranks:
         score = evaluate(module, validation, ranks)
     if ranks.is_first:
@@ -158,16 +161,27 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
     return classifier
 
 
-def _find_state(cfg: config.Config, checkpoints: Checkpoints) -> State | None:
+def _find_state(cfg: config.Config, checkpoints: Checkpoints, module: Classifier) -> State | None:
     if cfg.run.resume == "never":
         return None
-    if cfg.run.resume != "auto":
-        return read(Path(cfg.run.resume))
-    found = checkpoints.newest()
+    named = Path(cfg.run.resume)
+    found = checkpoints.newest() if cfg.run.resume == "auto" else (named, read(named))
     if found is None:
         return None
-    logging.getLogger(__name__).info("continuing from %s", found[0])
-    return found[1]
+    path, state = found
+    _check_fits(path, state, cfg, module)
+    logging.getLogger(__name__).info("continuing from %s", path)
+    return state
+
+
+def _check_fits(path: Path, state: State, cfg: config.Config, module: Classifier) -> None:
+    """Raise UserError for a checkpoint of another network."""
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    if {name: value.shape for name, value in state["engine"]["model"].items()} != shapes:
+        raise UserError(
+            f"checkpoint {path}: holds another network than model.name = {cfg.model.name} with these classes; "
+            "use the configuration that it was trained with"
+        )
 
 
 def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, saved: State | None, data: TrainData) -> Metrics:

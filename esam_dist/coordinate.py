@@ -101,13 +101,11 @@ class Coordination:
         if self._capacity is None:
             # The one place of a step where the host waits for the device: the batch's size is the answer.
             index_D = kept_B.nonzero().squeeze(1)
-            return Kept(index_D, lambda loss_D: loss_D.sum() * (W / total()), num_kept, threshold)
+            return Kept(index_D, lambda loss_D: loss_D.sum() * W / total(), num_kept, threshold)
         # Always `capacity` samples, those not kept with weight 0: no shape depends on the scores. BatchNorm sees them.
         index_D = _first(kept_B, self._capacity)
         counts_D = kept_B[index_D]
-        return Kept(
-            index_D, lambda loss_D: torch.where(counts_D, loss_D, 0.0).sum() * (W / total()), num_kept, threshold
-        )
+        return Kept(index_D, lambda loss_D: torch.where(counts_D, loss_D, 0.0).sum() * W / total(), num_kept, threshold)
 
 
 def _first(kept_B: Tensor, count: int) -> Tensor:

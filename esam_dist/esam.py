@@ -5,14 +5,13 @@ Shapes: B samples per rank, K classes, D samples that this rank keeps for the de
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from esam_dist import descent, perturb, score, swp
+from esam_dist import descent, perturb
+from esam_dist.ascent import Ascent, ascend, per_sample_loss
 from esam_dist.batchnorm import frozen_batchnorm
 from esam_dist.clock import PhaseClock
 from esam_dist.coordinate import Coordination, Kept, keep_all
@@ -56,17 +55,6 @@ class Memory:
         self.flat = [tensor.to(device) for tensor in state["flat"]] if state else None
 
 
-class Ascent(NamedTuple):
-    """What is known once the passes at the unperturbed weights are done."""
-
-    loss_B: Tensor
-    eps: Perturbation
-    recycled: list[Tensor]
-    """The gradient at w that `descent: recycled` mixes in, on the parameters of `eps`."""
-    selection: Coordination | None
-    """Under way where the scores are known without the perturbed weights."""
-
-
 def esam_step(
     engine: Engine,
     batch: Batch,
@@ -91,7 +79,7 @@ def esam_step(
 
     # 1. This rank's own ascent direction, without traffic. Only here do BatchNorm's statistics move.
     before = Randomness.now(batch.images.device)
-    ascent = _ascend(engine, batch, rule, generator, ranks)
+    ascent = ascend(engine, batch, rule, generator, ranks)
     loss_B = ascent.loss_B
     clock.end("ascent")
     if rule.reuses and memory.flat is not None:
@@ -116,84 +104,6 @@ def esam_step(
     return StepStats(loss_B.mean(), rise.mean(), kept.num_kept, kept.threshold, skipped, grad_norm)
 
 
-def _ascend(engine: Engine, batch: Batch, rule: Rule, generator: torch.Generator, ranks: Ranks) -> Ascent:
-    """Forward at w, gradient of the drawn tensors, and the selection begun where it needs no perturbed weights."""
-    drawn = swp.draw(engine.module, rule.swp, rule.beta, generator)
-    if rule.descent == "recycled_exact" and rule.gamma < 1.0:
-        return _ascend_in_parts(engine, batch, rule, drawn.params, generator, ranks)
-    logits_BK, score_B = early_scores(engine, batch, rule, generator, engine.module)
-    selection = None if score_B is None else Coordination(score_B, rule, ranks)
-    loss_B = per_sample_loss(logits_BK, batch.labels, rule)
-    grads = torch.autograd.grad(engine.scale(loss_B.mean()), drawn.params, allow_unused=True)
-    eps = _perturbation(drawn, grads, rule, generator)
-    return Ascent(loss_B.detach(), eps, eps.directions, selection)
-
-
-def early_scores(
-    engine: Engine,
-    batch: Batch,
-    rule: Rule,
-    generator: torch.Generator,
-    forward: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor | None]:
-    """`forward` of the batch at w, [B, K], and each sample's score [B] where that is known from it."""
-    early = rule.score if rule.gamma < 1.0 else "none"
-    random_B = torch.rand(len(batch.labels), generator=generator) if early == "random" else None
-    head = score.watched_head(engine.module) if early == "head" else None
-    logits_BK = forward(batch.images)
-    score_B: Tensor | None = None
-    if random_B is not None:
-        score_B = random_B.to(logits_BK.device)
-    elif early == "loss":
-        score_B = per_sample_loss(logits_BK.detach(), batch.labels, rule)
-    elif head is not None:
-        targets_BK = score.targets_of(batch.labels, logits_BK.detach(), rule.label_smoothing)
-        score_B = score.head_rise(logits_BK.detach(), targets_BK, score.head_input(head))
-    return logits_BK, score_B
-
-
-def _ascend_in_parts(
-    engine: Engine,
-    batch: Batch,
-    rule: Rule,
-    params: list[torch.nn.Parameter],
-    generator: torch.Generator,
-    ranks: Ranks,
-) -> Ascent:
-    """The kept samples and the rest in passes of their own, so that only the rest's gradient is recycled.
-
-    BatchNorm normalises each part by itself; its statistics move with the rest, the larger part.
-    """
-    selection = Coordination(torch.rand(len(batch.labels), generator=generator).to(batch.images.device), rule, ranks)
-    index_D, rest = selection.split()
-    parts, losses = [], []
-    for index, frozen in ((rest, False), (index_D, True)):
-        with frozen_batchnorm(engine.module if frozen else torch.nn.Module()):
-            loss = per_sample_loss(engine.module(batch.images[index]), batch.labels[index], rule)
-        parts.append(list(torch.autograd.grad(engine.scale(loss.mean()), params)))
-        losses.append(loss.detach())
-    loss_B = torch.cat(losses)[torch.cat([rest, index_D]).argsort()]
-    share = len(index_D) / len(loss_B)
-    whole = list(torch._foreach_lerp(parts[0], parts[1], share))
-    perturb.clear(parts[0])
-    return Ascent(loss_B, perturb.along(params, whole, rule.radius), parts[0], selection)
-
-
-def _perturbation(
-    drawn: swp.Draw, grads: tuple[Tensor | None, ...], rule: Rule, generator: torch.Generator
-) -> Perturbation:
-    used = [(param, grad) for param, grad in zip(drawn.params, grads, strict=True) if grad is not None]
-    params, directions = [param for param, _ in used], [grad for _, grad in used]
-    if drawn.factors is not None:
-        factors = [f for f, grad in zip(drawn.factors, grads, strict=True) if grad is not None]
-        torch._foreach_mul_(directions, factors)
-    if drawn.keep_element < 1.0:
-        swp.mask_elements(directions, drawn.keep_element, generator)
-    if rule.adaptive_eta is not None:
-        return perturb.along_adaptive(params, directions, rule.radius, rule.adaptive_eta)
-    return perturb.along(params, directions, rule.radius)
-
-
 def _keep(
     engine: Engine,
     batch: Batch,
@@ -206,14 +116,14 @@ def _keep(
     """The samples to keep, and the rise of every loss where it was measured."""
     if rule.gamma >= 1.0:
         return keep_all(ascent.loss_B), None
-    rise_B, selection = None, ascent.selection
-    if selection is None:
+    rise_B, coordination = None, ascent.coordination
+    if coordination is None:
         # Dropout draws again what it drew in the first forward: else selection would rank noise.
         with torch.no_grad(), before.replayed():
             rise_B = per_sample_loss(engine.module(batch.images), batch.labels, rule) - ascent.loss_B
         clock.end("score")
-        selection = Coordination(rise_B, rule, ranks)
-    kept = selection.end()
+        coordination = Coordination(rise_B, rule, ranks)
+    kept = coordination.end()
     clock.end("select")
     return kept, rise_B
 
@@ -229,14 +139,17 @@ def _descend(
         sharp = _unscale(engine, list(grads), None)
         clean = _unscaled(engine, ascent.eps)
         if rule.descent == "looksam":
-            memory.flat = ranks.average(descent.flat_part(clean, sharp))
+            flat = descent.flat_part(clean, sharp)
+            # An overflow in float16 costs one update, not all until the next perturbation.
+            perturb.clear(flat)
+            memory.flat = ranks.average(flat)
         else:
             sharp = descent.surrogate_gap(clean, sharp, rule.alpha)
         _average(engine, ascent.eps, sharp)
         return loss_D.detach()
     loss_D = per_sample_loss(engine(images), labels, rule)
     loss = kept.mean_over_ranks(loss_D)
-    if rule.descent != "kept":
+    if rule.descent != "kept" and ascent.recycled:
         # Where the ascent gradient was not finite there is nothing to recycle.
         share = ascent.eps.finite.to(loss.dtype) * (1.0 - rule.gamma)
         recycled = descent.inject(ascent.eps.params, ascent.recycled) / engine.scale(torch.ones_like(share))
@@ -292,8 +205,3 @@ def _unscale(engine: Engine, grads: list[Tensor], factor: Tensor | None) -> list
     if scale is one and factor is None:
         return grads
     return list(torch._foreach_mul(grads, (one if factor is None else factor) / scale))
-
-
-def per_sample_loss(logits_BK: Tensor, labels: Tensor, rule: Rule) -> Tensor:
-    """Cross-entropy of each sample, [B]; `labels` are classes [B] or shares of classes [B, K]."""
-    return F.cross_entropy(logits_BK, labels, reduction="none", label_smoothing=rule.label_smoothing)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from esam_dist.data import ValidationData
+from esam_dist.data import Batch, ValidationData
 from esam_dist.ranks import Ranks
 
 
@@ -26,16 +27,17 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, data: ValidationData, ranks: Ranks) -> Score:
+def evaluate(module: nn.Module, data: ValidationData, ranks: Ranks, *, in_step: bool = False) -> Score:
     """Score `module` in evaluation mode. Called by all ranks together; each reads its share; all get the result.
 
-    Ranks may hold unequal numbers of batches: the only collective is the sum at the end.
+    Ranks may hold unequal numbers of batches: the only collective is the sum at the end. `in_step` is for a module
+    whose forward pass is itself a collective (ZeRO 3): a rank that has no batch left passes an empty one along.
     """
     was_training = module.training
     module.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-    for images, labels in data.batches():
-        logits_BK = module(images)
+    for images, labels in _in_step(data.batches(), ranks) if in_step else data.batches():
+        logits_BK = module(images)[: len(labels)]
         ranked = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels.unsqueeze(1)
         loss = F.cross_entropy(logits_BK, labels, reduction="sum")
         counted = loss.new_tensor(float(len(labels)))
@@ -43,3 +45,18 @@ def evaluate(module: nn.Module, data: ValidationData, ranks: Ranks) -> Score:
     module.train(was_training)
     first, top5, loss_sum, num_samples = ranks.sum_(totals).tolist()
     return Score(first / num_samples, top5 / num_samples, loss_sum / num_samples, int(num_samples))
+
+
+def _in_step(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
+    """The rank's batches, and after them, while any rank has one, a single black image that counts for nothing."""
+    empty: Batch | None = None
+    while True:
+        batch = next(batches, None)
+        shape = torch.zeros(4, dtype=torch.int64) if batch is None else torch.tensor((1, *batch.images.shape[1:]))
+        shapes = ranks.gather_later(shape.to(ranks.device)).wait()
+        if not shapes.any():
+            return
+        if batch is None and empty is None:
+            image = torch.zeros(shapes.max(dim=0).values.tolist(), device=ranks.device)
+            empty = Batch(image, torch.zeros(0, dtype=torch.int64, device=ranks.device))
+        yield cast("Batch", empty if batch is None else batch)

@@ -37,7 +37,7 @@ class Rule:
     score: str = "forward"
     scope: str = "rank"
     transport: str = "scores"
-    num_quantiles: int = 64
+    num_quantiles: int = 16
     capacity_factor: float = 0.0
     descent: str = "kept"
     """`kept`, `recycled`, `recycled_exact`, `gsam` or `looksam`."""

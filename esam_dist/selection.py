@@ -65,40 +65,40 @@ def threshold(scores_WB: Tensor, kept_WB: Tensor) -> Tensor:
 def quantiles(score_B: Tensor, num_quantiles: int, capacity: int | None = None) -> Tensor:
     """What one rank tells the others about its scores: float64 [Q], `8 * num_quantiles` bytes whatever B is.
 
-    The rank's best sample is kept anyway and not mentioned. Its next ones, down to `capacity` (all, if None), are cut
-    in their order into Q blocks of almost equal size, and each block is represented by its middle sample.
+    They are the scores at Q evenly spaced places of the rank's ranking, down to `capacity` (to B, if None): below it
+    nothing is kept, so nothing need be known. The very best is left out as well, for it is kept in any case.
     """
-    limit = _limit(len(score_B), capacity)
-    ends = _block_ends(limit, num_quantiles, score_B.device)
-    middle_Q = ends[:-1] + (ends.diff() + 1).div(2, rounding_mode="floor")
-    return _distinct(score_B).sort(descending=True).values[middle_Q]
+    place_Q = _places(_limit(len(score_B), capacity), num_quantiles, score_B.device)[1:-1]
+    return _distinct(score_B).sort(descending=True).values[place_Q]
 
 
 def shared_threshold(quantiles_WQ: Tensor, fraction: float, num_samples: int, capacity: int | None = None) -> Tensor:
     """The score above which all ranks together keep about the share `fraction` of W * `num_samples`: float64 scalar.
 
     `quantiles_WQ`: every rank's `quantiles`, of `num_samples` each and made with the same `capacity`. With the
-    result, the ranks' `select_above` together keep k samples more or fewer than `select` does, where
+    result, the ranks' `select_above` together keep n samples more or fewer than `select` does, where
 
-        k <= W * floor(b / 2) + floor(j / 2),    b = ceil((capacity - 1) / Q)
+        n <= (W * (g - 1) + j) / 2,    g = ceil(capacity / (Q + 1))
 
-    is the largest block, and j is b where no two ranks hold equal scores and W * b in general; so k <= W * b always.
-    A rank's number above a value is known to within half a block (of its blocks, those whose middle lies above count
-    whole), and from one value to the next the estimate moves by j, of which the nearer end is taken. With
-    Q >= capacity - 1 and no equal scores among ranks, k = 0. Random errors mostly cancel: see docs/coordination.md.
+    is the gap between places, and j is g where no two ranks hold equal scores and W * g in general; so n < W * g.
+    For of its samples after the best, a rank with q quantiles at or above a value has there at least as many as the
+    q-th one's place says, and fewer than the next one's: the middle is wrong by (g - 1) / 2 at most. From one value to
+    the next the estimate of all ranks moves by j at most, and the nearer end is taken. With Q >= capacity - 1 and no
+    equal scores among ranks, n is 0. Random errors cancel over ranks: docs/coordination.md has what remains.
     """
     W, Q = quantiles_WQ.shape
     limit = _limit(num_samples, capacity)
     wanted = num_kept(fraction, W * num_samples, at_least=W, at_most=W * limit) - W
+    places = _places(limit, Q, quantiles_WQ.device)
     value, order = quantiles_WQ.flatten().sort(descending=True)
-    size_Q = _block_ends(limit, Q, value.device).diff()
-    above = size_Q.repeat(W)[order].cumsum(0)
-    # Equal values stand or fall together.
-    above = above[torch.searchsorted(-value, -value, right=True) - 1]
-    # All and nothing, besides: their numbers are known exactly, so they come first in a tie.
-    values = torch.cat([value.new_full((1,), -torch.inf), value.new_full((1,), torch.inf), value])
-    above = torch.cat([above.new_full((1,), W * (limit - 1)), above.new_zeros(1), above])
-    return values.gather(0, (above - wanted).abs().argmin(keepdim=True)).squeeze(0)
+    # Twice the estimate, to keep to whole numbers. Equal values stand or fall together.
+    double = (places[2:] - places[:-2]).repeat(W)[order].cumsum(0) + W * (places[1] - 1)
+    double = double[torch.searchsorted(-value, -value, right=True) - 1]
+    # All and nothing, too: all half a sample beyond the lowest value's estimate, which else it would always displace.
+    most, least = W * (places[-2:].sum() - 1) + 1, W * (places[1] - 1)
+    values = torch.cat([value.new_full((1,), -torch.inf), value, value.new_full((1,), torch.inf)])
+    error = (torch.cat([most.view(1), double, least.view(1)]) - 2 * wanted).abs()
+    return values.gather(0, error.argmin(keepdim=True)).squeeze(0)
 
 
 def select_above(score_B: Tensor, threshold: Tensor, capacity: int | None = None) -> Tensor:
@@ -121,9 +121,12 @@ def _limit(num_samples: int, capacity: int | None) -> int:
     return num_samples if capacity is None else min(num_samples, capacity)
 
 
-def _block_ends(limit: int, num_blocks: int, device: torch.device) -> Tensor:
-    """Where the blocks of a rank's samples 1 .. `limit` - 1, its best being sample 0, begin and end: int [Q + 1]."""
-    return (torch.arange(num_blocks + 1, device=device) * (limit - 1)).div(num_blocks, rounding_mode="floor")
+def _places(limit: int, num_quantiles: int, device: torch.device) -> Tensor:
+    """Places 0 < p_1 <= .. <= p_Q < `limit` in a rank's ranking, whose best is place 0, with both ends: int [Q + 2]."""
+    step = torch.arange(num_quantiles + 2, device=device) * limit
+    place = -(-step).div(num_quantiles + 1, rounding_mode="floor")
+    place[:-1].clamp_(max=limit - 1)
+    return place
 
 
 def _finite(scores: Tensor) -> Tensor:

@@ -73,7 +73,11 @@ def suffix_chance(from_last: int, num_tensors: int, beta: float) -> float:
 
 
 def mask_elements(grads: Sequence[Tensor], keep: float, generator: torch.Generator) -> None:
-    """Set each element to zero with probability `1 - keep`, in place; `generator` lives on the gradients' device."""
+    """Set each element to zero with probability `1 - keep`, in place."""
+    if generator.device != grads[0].device:
+        # Masks are drawn where the gradients are: as many numbers as weights are not to be sent there.
+        seed = int(torch.randint(2**62, (), generator=generator))
+        generator = torch.Generator(grads[0].device).manual_seed(seed)
     for grad in grads:
         grad.mul_(torch.empty_like(grad).bernoulli_(keep, generator=generator))
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from esam_dist.ascent import early_scores, per_sample_loss
 from esam_dist.batchnorm import frozen_batchnorm
 from esam_dist.clock import PhaseClock
 from esam_dist.coordinate import Coordination, keep_all
 from esam_dist.data import Batch
 from esam_dist.engine.zero3 import Zero3Engine
-from esam_dist.esam import StepStats, early_scores, per_sample_loss
+from esam_dist.esam import StepStats
 from esam_dist.randomness import Randomness, seed_step
 from esam_dist.ranks import Ranks
 from esam_dist.rule import Rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from esam_dist.ranks import Ranks
 from esam_dist.rule import Rule
 from esam_dist.schedule import learning_rate
 from esam_dist.synchronised import synchronised_step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,6 +63,8 @@ def train(
     """
     samples_per_step = cfg.data.batch_size * ranks.world_size * cfg.train.accumulate
     last_step = final_step(cfg, state, data.num_samples, samples_per_step)
+    if state.step >= last_step and ranks.is_first:
+        logger.info("step %d was the last: nothing is left to do; for more, raise train.epochs", state.step)
     batches = data.batches(state.samples_seen)
     clock = PhaseClock(ranks.device)
     window = Window(ranks, data, state)
@@ -230,7 +235,7 @@ def _validate(
     engine: Engine, validation: ValidationData, ranks: Ranks, metrics: Metrics, state: TrainState, num_samples: int
 ) -> float:
     start = time.perf_counter()
-    score = evaluate(engine.module, validation, ranks)
+    score = evaluate(engine.module, validation, ranks, in_step=isinstance(engine, Zero3Engine))
     metrics.validation(
         ValidationRow(
             step=state.step,

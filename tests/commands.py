@@ -3,9 +3,12 @@
 import io
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from socket import socket
@@ -17,7 +20,7 @@ import pytest
 from esam_dist.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_SECONDS = 180
+TIMEOUT_SECONDS = 600
 
 # A process that has imported torch and DeepSpeed once is forked for every rank: seconds saved, nothing shared.
 SERVER = multiprocessing.get_context("forkserver")
@@ -45,8 +48,11 @@ def here(*args: object) -> Answer:
     return Answer(ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
-def on_ranks(*args: object, count: int = 2) -> list[Answer]:
-    """Run `esam-dist ARGS` on `count` ranks: real processes that meet over gloo, as a launcher would start them."""
+def on_ranks(*args: object, count: int = 2, meanwhile: Callable[[list[int]], None] | None = None) -> list[Answer]:
+    """Run `esam-dist ARGS` on `count` ranks: real processes that meet over gloo, as a launcher would start them.
+
+    `meanwhile` is called with their process ids.
+    """
     port = free_port()
     with TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(count)]
@@ -56,6 +62,8 @@ def on_ranks(*args: object, count: int = 2) -> list[Answer]:
         ]
         for process in ranks:
             process.start()
+        if meanwhile:
+            meanwhile([process.pid for process in ranks])
         for process in ranks:
             process.join(TIMEOUT_SECONDS)
         for process in ranks:
@@ -85,14 +93,18 @@ def under_deepspeed(*args: object, **env: str) -> Answer:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, and whose successor is free too."""
+    """A port that nobody listens on, and whose successor is free too.
+
+    Below the range from which outgoing connections take theirs: a client that asks there before anybody listens can
+    be given the very port that it calls, and then talks to itself.
+    """
     while True:
+        port = random.randrange(20_000, 32_000)
         with closing(socket()) as first, closing(socket()) as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
             try:
+                first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
             return port
 
@@ -101,6 +113,14 @@ def environment(**env: str) -> dict[str, str]:
     """The environment of a process that runs this source tree; its own programs (ninja) are found."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | env
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Return as soon as `condition` holds."""
+    until = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
 
 
 def _started(command: list[str], env: dict[str, str]) -> Answer:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Raise UserError for the first combination in `config` that is refused."""
-    faults = [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config)]
+    faults = [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config), *_metrics(config)]
     for is_refused, reason in faults:
         if is_refused:
             raise UserError(reason)
@@ -86,6 +86,11 @@ def _method(config: Config) -> Faults:
             "method.name = looksam reuses a direction between perturbations: give method.interval > 1, such as 5",
         ),
         (
+            method.name == "looksam" and (config.train.accumulate > 1 or method.group_size > 0),
+            "method.name = looksam remembers one flat part per update: it needs train.accumulate = 1 and "
+            "method.group_size = 0",
+        ),
+        (
             method.name == "msam" and config.optim.momentum == 0.0,
             "method.name = msam perturbs along the momentum: give optim.momentum > 0",
         ),
@@ -124,3 +129,9 @@ def _engine(config: Config) -> Faults:
             "zero_stage 0, 1 or 2",
         ),
     ]
+
+
+def _metrics(config: Config) -> Faults:
+    # the value is not repeated: it would stand in the log
+    reason = "metrics.gateway: holds a password, which config.yaml would keep; let the network protect the gateway"
+    return [("@" in (config.metrics.gateway or ""), reason)]

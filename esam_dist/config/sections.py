@@ -186,7 +186,7 @@ class Method(Section):
     """Samples are ranked within each rank's batch, or over the batches of all ranks."""
     transport: Literal["scores", "thresholds"] = "scores"
     """For `scope: global`, what ranks exchange: every score (exact), or `num_quantiles` of their own."""
-    num_quantiles: Annotated[int, Field(ge=2)] = 64
+    num_quantiles: Annotated[int, Field(ge=2)] = 16
     """For `transport: thresholds`: quantiles that a rank sends."""
     capacity_factor: NonNegative = 0.0
     """For `scope: global`: a rank keeps at most this many times `gamma * batch`, in a batch of just that size, so that

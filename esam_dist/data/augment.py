@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from random import Random
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,16 +17,16 @@ from esam_dist.data.decode import Box, ImageFile, Pixels
 
 
 class Augment:
-    """Crop, distort and erase as the configuration says; `flip` is left to the device."""
+    """Crop, mirror, distort and erase as the configuration says."""
 
     def __init__(self, cfg: config.Data) -> None:
         self._cfg = cfg
         self._distort = _distortions(cfg)
 
-    def __call__(self, image: ImageFile, seed: int, out: Pixels) -> bool:
-        """Write an augmented view of `image` into `out` [S, S, 3]; returns whether to mirror it. Raises SampleError."""
+    def __call__(self, image: ImageFile, seed: int, out: Pixels) -> None:
+        """Write an augmented view of `image` into `out` [S, S, 3]. Raises SampleError."""
         random, cfg = Random(seed), self._cfg
-        flip = random.random() < 0.5
+        mirrored = random.random() < 0.5
         if cfg.augment == "imagenet":
             low, high = cfg.crop_area
             box = random_box(image.width, image.height, random, (low, high))
@@ -34,6 +35,8 @@ class Augment:
             image.crop(centre_box(image.width, image.height), out, antialias=cfg.antialias)
             if cfg.augment == "shift":
                 shift(out, random)
+        if mirrored and (cfg.flip or cfg.augment == "imagenet"):
+            cv2.flip(out, 1, dst=out)
         if self._distort:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -41,7 +44,6 @@ class Augment:
                 for distort in self._distort:
                     planes = distort(planes)
                 out[:] = planes.permute(1, 2, 0).numpy()
-        return flip and (cfg.flip or cfg.augment == "imagenet")
 
 
 def centre_box(width: int, height: int, ratio: float = 1.0) -> Box:

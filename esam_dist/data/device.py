@@ -1,4 +1,4 @@
-"""From raw batches to batches on the device: mirrored, normalised and mixed there, one ahead of the network.
+"""From raw batches to batches on the device: normalised and mixed there, one ahead of the network.
 
 Letters: B samples per rank, K classes, S image size in pixels.
 """
@@ -55,9 +55,8 @@ class Finish:
         if self._device.type == "cpu":
             # CUDA's convolutions prefer the pixels as they come, channels last.
             images = images.contiguous()
+        images = images.float().sub_(self._mean).div_(self._std)
         labels = raw.labels.to(self._device, non_blocking=True)
-        flips = raw.flips.to(self._device, non_blocking=True).view(-1, 1, 1, 1)
-        images = torch.where(flips, images.flip(-1), images).float().sub_(self._mean).div_(self._std)
         if self._mix is not None:
             images, labels = self._mix(images, labels, raw.seed)
         return Batch(images, labels)

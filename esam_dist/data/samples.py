@@ -31,7 +31,6 @@ class Raw(NamedTuple):
 
     images: Tensor  # [B, S, S, 3] uint8
     labels: Tensor  # [B] int64
-    flips: Tensor  # [B] bool
     seed: int
     """Of what concerns the batch as a whole: mixup and CutMix."""
     skips: list[Skip]
@@ -44,13 +43,13 @@ class View:
         self._cfg = cfg
         self._augment = Augment(cfg) if train else None
 
-    def __call__(self, data: bytes, seed: int, out: Pixels) -> bool:
-        """Decode `data` into `out` [S, S, 3]; returns whether to mirror it. Raises SampleError."""
+    def __call__(self, data: bytes, seed: int, out: Pixels) -> None:
+        """Decode `data` into `out` [S, S, 3]. Raises SampleError."""
         image = ImageFile(data)
         if self._augment is not None:
-            return self._augment(image, seed, out)
-        image.crop(centre_box(image.width, image.height, self._cfg.crop_ratio), out)
-        return False
+            self._augment(image, seed, out)
+        else:
+            image.crop(centre_box(image.width, image.height, self._cfg.crop_ratio), out)
 
 
 class Samples:
@@ -64,22 +63,21 @@ class Samples:
         """The batch of `draw`. A bad sample is replaced by the next good one of the batch; in validation, left out."""
         size = image_size(self._cfg, draw.step_epoch) if self._train else self._cfg.image_size
         images = pixel_buffer(len(draw.ids), size)
-        flips = np.zeros(len(draw.ids), np.bool_)
         good: list[int] = []
         skips: list[Skip] = []
         for place, (sample, seed) in enumerate(zip(draw.ids.tolist(), draw.seeds.tolist(), strict=True)):
-            skip = self._load(sample, seed, place, images.numpy(), flips)
+            skip = self._load(sample, seed, images[place].numpy())
             if skip is None:
                 good.append(place)
             else:
                 skips.append(skip)
         labels = torch.from_numpy(self._split.entries["label"][draw.ids].astype(np.int64))
-        raw = Raw(images, labels, torch.from_numpy(flips), int(draw.seeds[0] >> np.uint64(1)), skips)
+        raw = Raw(images, labels, int(draw.seeds[0] >> np.uint64(1)), skips)
         return _without_bad(raw, good, self._train) if skips else raw
 
-    def _load(self, sample: int, seed: int, place: int, images: Pixels, flips: np.ndarray) -> Skip | None:
+    def _load(self, sample: int, seed: int, out: Pixels) -> Skip | None:
         try:
-            flips[place] = self._view(self._split.read(sample), seed, images[place])
+            self._view(self._split.read(sample), seed, out)
         except SampleError as bad:
             return Skip(self._split.describe(sample), bad.reason, bad.detail)
         return None
@@ -108,4 +106,4 @@ def _without_bad(raw: Raw, good: list[int], train: bool) -> Raw:
     shown = np.array(good, np.int64)
     if train and good:
         shown = shown[np.searchsorted(shown, np.arange(len(raw.labels))) % len(good)]
-    return raw._replace(images=raw.images[shown], labels=raw.labels[shown], flips=raw.flips[shown])
+    return raw._replace(images=raw.images[shown], labels=raw.labels[shown])

@@ -67,15 +67,12 @@ class StreamedBatches(IterableDataset[Raw]):
     def _batch(self, samples: Iterator[Sample | Skip], size: int, seed: int) -> Raw:
         batch_size = self._cfg.batch_size
         images, labels = pixel_buffer(batch_size, size), torch.empty(batch_size, dtype=torch.int64)
-        flips = torch.zeros(batch_size, dtype=torch.bool)
         skips: list[Skip] = []
         place = 0
         lost: set[str] = set()
         while place < batch_size and len(lost) < self._max_lost:
             sample = next(samples)
-            label = (
-                sample if isinstance(sample, Skip) else self._load(sample, seed + place, images[place], flips[place])
-            )
+            label = sample if isinstance(sample, Skip) else self._load(sample, seed + place, images[place])
             if isinstance(label, Skip):
                 skips.append(label)
                 lost |= {label.name} if label.reason == "unreachable" else set()
@@ -83,14 +80,14 @@ class StreamedBatches(IterableDataset[Raw]):
                 labels[place] = label
                 place, lost = place + 1, set()
         if place < batch_size:
-            return Raw(images[:0], labels[:0], flips[:0], seed, skips)
-        return Raw(images, labels, flips, seed, skips)
+            return Raw(images[:0], labels[:0], seed, skips)
+        return Raw(images, labels, seed, skips)
 
-    def _load(self, sample: Sample, seed: int, out: torch.Tensor, flip: torch.Tensor) -> int | Skip:
+    def _load(self, sample: Sample, seed: int, out: torch.Tensor) -> int | Skip:
         """Fill one place of a batch; returns the label."""
         try:
             data, label = self._parts(sample)
-            flip.fill_(self._view(data, seed, out.numpy()))
+            self._view(data, seed, out.numpy())
         except SampleError as bad:
             return Skip(f"{sample['__url__']}:{sample['__key__']}", bad.reason, bad.detail)
         return label

@@ -10,7 +10,12 @@ from pathlib import Path
 from esam_dist.launch.arguments import Job
 
 MODULE = "esam_dist"
-SETTINGS = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
+SETTINGS = {
+    "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
+    # With the shared store, torch 2.15 publishes the address of rank 0 in the first round only: a node that joins later
+    # waits for it in vain, and ends the whole job after a minute.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
 def command(job: Job, logs: Path, facts: dict[str, str]) -> list[str]:

@@ -10,11 +10,20 @@ from torch import nn
 
 from esam_dist.errors import UserError
 from esam_dist.models.cifar_resnet import cifar_resnet8, cifar_resnet18, cifar_resnet20
+from esam_dist.models.pyramidnet import pyramidnet110, pyramidnet110_a48, pyramidnet110_a84
+from esam_dist.models.vit import vit_s_16
+from esam_dist.models.wide_resnet import wrn16_4, wrn28_10
 
 OURS: dict[str, Callable[[int], nn.Module]] = {
     "cifar_resnet8": cifar_resnet8,
     "cifar_resnet18": cifar_resnet18,
     "cifar_resnet20": cifar_resnet20,
+    "wrn16_4": wrn16_4,
+    "wrn28_10": wrn28_10,
+    "pyramidnet110": pyramidnet110,
+    "pyramidnet110_a48": pyramidnet110_a48,
+    "pyramidnet110_a84": pyramidnet110_a84,
+    "vit_s_16": vit_s_16,
 }
 
 

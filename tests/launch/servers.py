@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def tool(name):
     """The path of a program that the tests need, or a skip that says what to install."""
-    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    path = shutil.which(name) or shutil.which(name, path=f"{Path(sys.executable).parent}:/usr/sbin:/sbin")
     if path is None:
         pytest.skip(f"{name} is not installed (Debian packages: docs/operations.md, 'Tools of the tests')")
     return path

@@ -138,6 +138,12 @@ def test_job_size_settings_and_meeting_point_agree(overlay):
     assert settings["RENDEZVOUS"] == "esam-0.esam:29500"
 
 
+def test_smoke_overlay_needs_no_storage_of_the_cluster():
+    volumes = {volume["name"]: volume for volume in pod_template("overlays/cpu-smoke")["spec"]["volumes"]}
+    assert set(volumes["data"]) == set(volumes["runs"]) == {"name", "emptyDir"}
+    assert set(volumes) == {volume["name"] for volume in pod_template("base")["spec"]["volumes"]}
+
+
 def test_one_metrics_port_per_rank_is_declared_and_scraped():
     container = pod_template("overlays/imagenet")["spec"]["containers"][0]
     ports = {entry["name"]: entry["containerPort"] for entry in container["ports"] if "metrics" in entry["name"]}

@@ -118,3 +118,17 @@ def test_dashboard_panels_do_not_overlap_and_have_unique_ids():
         assert box["x"] + box["w"] <= 24
         assert not cells & own, panel["title"]
         cells |= own
+
+
+def test_documentation_lists_every_metric_and_every_alert():
+    text = (ROOT / "docs/operations.md").read_text()
+    assert set(names()) == set(re.findall(r"^\| `(esam_\w+)`", text, re.MULTILINE))
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    assert alerts == set(re.findall(r"^\| (Esam\w+)", text, re.MULTILINE))
+
+
+def test_documentation_names_tests_that_exist():
+    text = (ROOT / "docs/operations.md").read_text()
+    named = set(re.findall(r"test_\w+\.py", text))
+    assert named
+    assert named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}

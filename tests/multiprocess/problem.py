@@ -47,11 +47,17 @@ def make_network(dtype: torch.dtype) -> Network:
     return Network().to(dtype).train()
 
 
-def make_batch(rank: int, step: int, micro: int, dtype: torch.dtype, size: int = BATCH) -> tuple[Tensor, Tensor]:
+def make_batch(rank: int, step: int, micro: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Ranks hold data of unlike difficulty, so that they keep unequal numbers of samples."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
-    images = torch.randn(size, 3, 8, 8, generator=generator) * (1.0 + 2.0 * rank)
-    return images.to(dtype), torch.randint(CLASSES, (size,), generator=generator)
+    images = torch.randn(BATCH, 3, 8, 8, generator=generator) * (1.0 + 2.0 * rank)
+    return images.to(dtype), torch.randint(CLASSES, (BATCH,), generator=generator)
+
+
+def rank_batch(ranks: Ranks, step: int, micro: int, dtype: torch.dtype, size: int) -> Batch:
+    """The batch of one rank; a rank alone with a batch of 2 * BATCH holds what two ranks would."""
+    parts = [make_batch(ranks.rank + part, step, micro, dtype) for part in range(size // BATCH)]
+    return Batch(torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Outcome:
     state: dict[str, Any]
     digest: str
     stats: list[StepStats]
+    memory: dict[str, Any]
 
 
 def configuration(method: dict[str, Any], **sections: dict[str, Any]) -> config.Config:
@@ -74,19 +81,22 @@ def configuration(method: dict[str, Any], **sections: dict[str, Any]) -> config.
     return config.parse(values, "test")
 
 
-def train_rank(ranks: Ranks, cfg: config.Config, steps: int, dtype: torch.dtype, start: Any = None) -> Outcome:
-    """Train `steps` updates on this rank as the loop does, from `start` (a state, and its step) or from scratch."""
+def train_rank(
+    ranks: Ranks, cfg: config.Config, steps: int, dtype: torch.dtype, start: tuple[Outcome, int] | None = None
+) -> Outcome:
+    """Train `steps` updates on this rank as the loop does, from `start` (an outcome, and its step) or from scratch."""
     classifier = Classifier(make_network(dtype), cfg.train.precision)
     engine = build_engine(classifier, cfg, ranks)
     memory, clock, stats = Memory(), PhaseClock(ranks.device), []
     first = 0
     if start is not None:
-        state, first = start
-        engine.load_state_dict(state)
+        outcome, first = start
+        engine.load_state_dict(outcome.state)
+        memory.load_state_dict(outcome.memory, ranks.device)
     for step in range(first, first + steps):
         rule = Rule.at(cfg, step=step, epoch=float(step))
         for micro in range(cfg.train.accumulate):
-            batch = Batch(*make_batch(ranks.rank, step, micro, dtype, cfg.data.batch_size))
+            batch = rank_batch(ranks, step, micro, dtype, cfg.data.batch_size)
             stats += micro_batch(
                 engine,
                 batch,
@@ -101,4 +111,4 @@ def train_rank(ranks: Ranks, cfg: config.Config, steps: int, dtype: torch.dtype,
         ranks.average_buffers(classifier)
     state = engine.state_dict()
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state["model"].values())).hexdigest()
-    return Outcome(state, digest, stats)
+    return Outcome(state, digest, stats, memory.state_dict())

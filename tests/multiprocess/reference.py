@@ -34,6 +34,8 @@ class Simulation:
     weight_decay: float
     clip: float = 0.0
     nesterov: bool = False
+    shared: bool = False
+    """One perturbation for all ranks, along the averaged gradient (ZeRO 3)."""
     velocity: Weights = field(default_factory=dict)
     flat: Weights | None = None
 
@@ -73,6 +75,8 @@ class Simulation:
         for rank, batch in enumerate(batches):
             generator = seed_step(*seed, rank)
             ranks.append(self.ascend(batch, rule, generator))
+        if self.shared and not rule.is_plain:
+            self.share_perturbation(ranks, batches, rule)
         kept = self.choose(ranks, rule)
         num_kept = sum(len(index) for index in kept)
         total = {name: torch.zeros_like(value) for name, value in self.weights.items()}
@@ -112,6 +116,14 @@ class Simulation:
         if flats:
             self.flat = {name: torch.stack([flat[name] for flat in flats]).mean(0) for name in flats[0]}
         return total, [rank["buffers"] for rank in ranks]
+
+    def share_perturbation(self, ranks: list[dict[str, Any]], batches: list[tuple[Tensor, Tensor]], rule: Rule) -> None:
+        mean = {name: sum(rank["clean"][name] for rank in ranks) / len(ranks) for name in self.weights}
+        eps = {name: rule.radius * grad / math.sqrt(dot(mean, mean)) for name, grad in mean.items()}
+        for rank, (images, labels) in zip(ranks, batches, strict=True):
+            rank["eps"] = eps
+            if rule.gamma < 1.0:
+                rank["scores"] = self.scores(rule, rank, images, labels, rank["loss_B"], rank["rng"], None)
 
     def ascend(self, batch: tuple[Tensor, Tensor], rule: Rule, generator: torch.Generator) -> dict[str, Any]:
         """One rank's passes at w, its perturbation, and its scores."""
@@ -166,6 +178,8 @@ class Simulation:
             "rng_after": rng_after,
             "scores": None,
             "size": len(labels),
+            "loss_B": loss_B,
+            "rng": rng,
         }
         if rule.is_plain or rule.name == "msam":
             # One forward only: it draws the dropout.

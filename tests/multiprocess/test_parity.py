@@ -31,6 +31,8 @@ MODES: dict[str, dict[str, Any]] = {
     "head": {"score": "head"},
     "loss": {"score": "loss"},
     "random": {"score": "random"},
+    # With at least as many quantiles as samples the threshold is exact.
+    "thresholds": {"transport": "thresholds", "num_quantiles": 6},
     "capacity": {"capacity_factor": 1.0, "gamma": 0.34},
     "recycled": {"descent": "recycled", "beta": 1.0, "score": "random", "gamma": 0.34},
     "recycled_forward": {"descent": "recycled", "beta": 1.0, "score": "forward"},
@@ -53,6 +55,7 @@ def simulate(cfg: config.Config) -> Simulation:
         cfg.optim.weight_decay,
         cfg.optim.clip_grad_norm,
         cfg.optim.nesterov,
+        shared=cfg.engine.name == "deepspeed" and cfg.engine.zero_stage == 3,
     )
     for step in range(STEPS):
         batches = [
@@ -81,18 +84,9 @@ def check(ranks: Cluster, cfg: config.Config) -> None:
     assert_same(outcomes[0].state, simulate(cfg), tolerance)
 
 
-QUICK = {("native", mode) for mode in MODES} | {
-    (engine, mode)
-    for engine in ENGINES
-    for mode in ("sgd", "sam", "gsam", "looksam", "msam", "esam_global", "suffix", "head", "recycled", "capacity")
-}
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mode", MODES)
-def test_two_ranks_equal_the_simulation_of_both(
-    two_ranks: Cluster, mode: str, engine: str, request: pytest.FixtureRequest
-) -> None:
+def test_two_ranks_equal_the_simulation_of_both(two_ranks: Cluster, mode: str, engine: str) -> None:
     check(two_ranks, configuration(MODES[mode], engine=ENGINES[engine]))
 
 
@@ -105,3 +99,15 @@ def test_accumulation_clipping_and_nesterov_equal_the_simulation(two_ranks: Clus
         optim={"clip_grad_norm": 0.3, "nesterov": True},
     )
     check(two_ranks, cfg)
+
+
+@pytest.mark.parametrize(
+    "method", [{"name": "sgd"}, {"name": "sam"}, {"beta": 1.0}, {"beta": 1.0, "score": "head", "scope": "rank"}]
+)
+def test_zero3_equals_the_simulation_of_a_shared_perturbation(two_ranks: Cluster, method: dict[str, Any]) -> None:
+    check(two_ranks, configuration(method, engine={"name": "deepspeed", "zero_stage": 3}))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_offloaded_optimizer_equals_the_simulation(two_ranks: Cluster, stage: int) -> None:
+    check(two_ranks, configuration({}, engine={"name": "deepspeed", "zero_stage": stage, "offload": True}))

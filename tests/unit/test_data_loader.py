@@ -20,13 +20,6 @@ from esam_dist.errors import UserError
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "digits"
-    prepare_digits(root)
-    return root
-
-
 @pytest.fixture
 def copy(digits: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(digits, tmp_path / "digits"))

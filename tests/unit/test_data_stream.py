@@ -18,7 +18,6 @@ import torch
 from esam_dist import config
 from esam_dist.data import open_train
 from esam_dist.data.fetch import FetchError, fetch
-from esam_dist.data.prepare import prepare_digits
 from esam_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -60,13 +59,6 @@ def server(root: Path, faults: list[str]):
         finally:
             served.shutdown()
             thread.join()
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "digits"
-    prepare_digits(root)
-    return root
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,11 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "clock", "schedule", "randomness", "ranks", "selection", "perturb", "swp", "batchnorm", "descent"},
     {"config", "models", "checkpoint", "score"},
-    {"data", "metrics", "engine", "rule", "run_folder"},
-    {"coordinate", "evaluate"},
+    {"data", "metrics", "engine", "rule", "run_folder", "launch"},
+    {"coordinate", "evaluate", "report"},
+    {"ascent"},
     {"esam"},
+    {"synchronised"},
     {"train"},
     {"cli"},
     {"__main__"},
@@ -31,7 +33,7 @@ def part(module):
 
 def floor(wanted):
     """The number of the floor on which a part stands."""
-    return next(number for number, parts in enumerate(FLOORS) if wanted in parts)
+    return next((number for number, parts in enumerate(FLOORS) if wanted in parts), None)
 
 
 def module_name(path):
@@ -63,10 +65,8 @@ def test_imports_come_from_lower_floors(path):
     for imported in imports(path):
         there = part(imported)
         if here != there:
-            assert here in FLOORS, f"{path} belongs to no floor"
-            assert FLOORS[there] < FLOORS[here], (
-                f"{here} (floor {FLOORS[here]}) imports {there} (floor {FLOORS[there]})"
-            )
+            assert floor(here) is not None, f"{here} has no floor yet: give it one"
+            assert floor(there) < floor(here), f"{here} (floor {floor(here)}) imports {there} (floor {floor(there)})"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

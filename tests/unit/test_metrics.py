@@ -243,3 +243,9 @@ def test_missing_tensorboard_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr("esam_dist.metrics.board.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"metrics.tensorboard = true.*pip install 'esam-dist\[tensorboard\]'"):
         build(tmp_path, tensorboard=True)
+
+
+def test_password_in_the_gateway_is_refused_and_not_repeated():
+    with pytest.raises(UserError, match=r"metrics\.gateway: holds a password") as error:
+        config.parse({"metrics": {"gateway": "http://me:secret@host:9091"}}, "a.yaml")
+    assert "secret" not in str(error.value)

@@ -1,0 +1,218 @@
+"""How fast images become batches: this package against plain webdataset and torchvision's ImageFolder.
+
+    python -m benchmarks.data [--images 600] [--rounds 5] [--workers 0 1] [--out benchmarks/results/data.csv]
+
+The same natural-looking JPEGs (data_images.py), as originals of 500x375 at quality 90 and prepared with a short side of
+256, go through whole loaders: read, decode, random resized crop to 224, flip, collate, normalise. Rounds of all loaders
+alternate. A core's speed is images per second of CPU time, of all processes of the loader together, so that a machine
+that does other work at the same time does not count; wall-clock speed is reported beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import psutil
+import simplejpeg
+import torch
+import torchvision
+import webdataset
+from torchvision.transforms import v2
+
+from benchmarks.data_images import jpeg, photograph
+from esam_dist import config
+from esam_dist.data import open_train
+from esam_dist.data.prepare.encode import Encoding
+from esam_dist.data.prepare.folders import Folders
+from esam_dist.data.prepare.write import Plan, write_dataset
+
+BATCH, SIZE, CLASSES = 100, 224, 10
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+Loader = Callable[[Path, int], Iterator[Any]]
+
+
+class Speed(NamedTuple):
+    """One round of one loader."""
+
+    per_core: float
+    """Images per second of CPU time."""
+    wall: float
+    """Images per second."""
+    worker_pss_mib: float
+    """Memory of the largest worker, shared pages divided among those who share them."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table, and write every round to a CSV file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data.csv"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(_measure(_make(Path(folder), args.images), args))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"every round: {args.out}")
+
+
+def _measure(sets: dict[str, Path], args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    print(f"{'images':9} {'workers':7} {'loader':24} {'img/s per core':>20} {'img/s wall':>16} {'MiB/worker':>10}")
+    for (name, root), workers in ((pair, workers) for pair in sets.items() for workers in args.workers):
+        # Two batches first: libraries load, tables are built.
+        running = {loader: open_loader(root, workers) for loader, open_loader in LOADERS.items()}
+        for stream in running.values():
+            list(islice(stream, 2))
+        rounds: dict[str, list[Speed]] = {loader: [] for loader in running}
+        for number in range(args.rounds):
+            for loader, stream in running.items():
+                speed = _round(stream, -(-args.images // BATCH))
+                rounds[loader].append(speed)
+                yield {
+                    "images": name,
+                    "workers": workers,
+                    "loader": loader,
+                    "round": number,
+                    **{key: round(value, 1) for key, value in speed._asdict().items()},
+                    **_machine(),
+                }
+        for loader, speeds in rounds.items():
+            told = f"{_spread(speeds, 0):>20} {_spread(speeds, 1):>16} {speeds[-1].worker_pss_mib:10.0f}"
+            print(f"{name:9} {workers:7} {loader:24} {told}")
+
+
+def _round(stream: Iterator[Any], batches: int) -> Speed:
+    workers = [process for process in psutil.Process().children(recursive=True) if process.is_running()]
+    before, start = _cpu_seconds(workers), time.perf_counter()
+    images = sum(_size(batch) for batch in islice(stream, batches))
+    wall, cpu = time.perf_counter() - start, _cpu_seconds(workers) - before
+    memory = [process.memory_full_info().pss / 2**20 for process in workers]
+    return Speed(images / cpu, images / wall, max(memory, default=0.0))
+
+
+def _cpu_seconds(workers: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in [psutil.Process(), *workers])
+
+
+def _size(batch: Any) -> int:
+    images, labels = batch
+    assert images.shape[1:] == (3, SIZE, SIZE)
+    assert images.dtype == torch.float32
+    return len(labels)
+
+
+def _spread(speeds: list[Speed], column: int) -> str:
+    values = [speed[column] for speed in speeds]
+    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
+
+
+def _machine() -> dict[str, str]:
+    versions = {
+        "torch": torch,
+        "torchvision": torchvision,
+        "webdataset": webdataset,
+        "opencv": cv2,
+        "simplejpeg": simplejpeg,
+    }
+    return {
+        "processor": next(
+            (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")),
+            platform.processor(),
+        ),
+        "python": platform.python_version(),
+        **{name: str(getattr(module, "__version__", "")) for name, module in versions.items()},
+        "command": " ".join(["python -m benchmarks.data", *sys.argv[1:]]),
+    }
+
+
+def _make(folder: Path, num_images: int) -> dict[str, Path]:
+    """Class folders and shards of the same images, in both sizes."""
+    sets = {"originals": folder / "originals", "256-pixel": folder / "256-pixel"}
+    for number in range(num_images):
+        path = sets["originals"] / "folders" / "train" / f"class{number % CLASSES}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = jpeg(photograph(number))
+        path.write_bytes(data)
+        small = sets["256-pixel"] / path.relative_to(sets["originals"])
+        small.parent.mkdir(parents=True, exist_ok=True)
+        small.write_bytes(Encoding(256, 90)(data, "jpg")[0])
+    for root in sets.values():
+        source = Folders(root / "folders", validation_share=0.02, seed=0)
+        write_dataset(source, root / "shards", Plan(samples_per_shard=200))
+    return sets
+
+
+def _ours(root: Path, workers: int, **values: Any) -> Iterator[Any]:
+    cfg = config.Data(
+        path=root / "shards", batch_size=BATCH, workers=workers, image_size=SIZE, augment="imagenet", **values
+    )
+    return open_train(cfg, seed=0, rank=0, world_size=1, device=torch.device("cpu")).batches(0)
+
+
+def _fast(root: Path, workers: int) -> Iterator[Any]:
+    return _ours(root, workers, antialias=False)
+
+
+def _recipe() -> v2.Compose:
+    """The usual transforms of ImageNet training, from a PIL image to floats."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(SIZE, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def _webdataset(root: Path, workers: int) -> Iterator[Any]:
+    shards = sorted(map(str, (root / "shards" / "train").glob("*.tar")))
+    recipe = _recipe()
+    dataset = (
+        webdataset.WebDataset(shards, resampled=True, shardshuffle=False)
+        .shuffle(200)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(recipe, int)
+        .batched(BATCH)
+    )
+    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
+
+
+def _image_folder(root: Path, workers: int) -> Iterator[Any]:
+    folder = torchvision.datasets.ImageFolder(str(root / "folders" / "train"), _recipe())
+    sampler = torch.utils.data.RandomSampler(folder)
+    loader = torch.utils.data.DataLoader(
+        folder, BATCH, sampler=sampler, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+    )
+    return chain.from_iterable(repeat(loader))
+
+
+LOADERS: dict[str, Loader] = {
+    "esam_dist": _ours,
+    "esam_dist, antialias off": _fast,
+    "webdataset": _webdataset,
+    "ImageFolder": _image_folder,
+}
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

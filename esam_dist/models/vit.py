@@ -1,0 +1,20 @@
+"""The small vision transformer, which torchvision has no name for (Touvron et al., 2021, arXiv 2012.12877, table 1)."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision.models import VisionTransformer
+
+
+def vit_s_16(num_classes: int) -> nn.Module:
+    """ViT-S/16 for images of 224 pixels: 12 layers, 6 heads, 384 features; 22.1 million parameters."""
+    model: nn.Module = VisionTransformer(
+        image_size=224,
+        patch_size=16,
+        num_layers=12,
+        num_heads=6,
+        hidden_dim=384,
+        mlp_dim=1536,
+        num_classes=num_classes,
+    )
+    return model

@@ -1,0 +1,162 @@
+"""Runs as read from their folders, and groups of runs that differ in their seed alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from esam_dist import config
+from esam_dist.errors import UserError
+from esam_dist.metrics import jsonl
+
+Row = dict[str, Any]
+NOT_THE_METHOD = ("run.", "metrics.", "checkpoint.")  # keys that tell a run's place, not what it learns
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+    settings: dict[str, str]
+    """`section.key` to value, as in config.yaml."""
+    environment: dict[str, Any]
+    train: list[Row]
+    validation: list[Row]
+
+    @property
+    def seed(self) -> str:
+        """The seed, as text."""
+        return self.settings.get("run.seed", "?")
+
+    @property
+    def restarts(self) -> list[float]:
+        """The epochs at which the run was continued from a checkpoint."""
+        found, before = [], 0
+        for row in self.train:
+            if row.get("restarts", 0) > before:
+                found.append(float(row["epoch"]))
+                before = row["restarts"]
+        return found
+
+    @property
+    def hours(self) -> float:
+        """Time of the training steps; without validation and checkpoints, which depend on the machine more."""
+        steps = np.diff([0, *(row["step"] for row in self.train)])
+        return float(sum(n * (row.get("step_seconds") or 0.0) for n, row in zip(steps, self.train, strict=True))) / 3600
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, under the name that tells them from the other groups."""
+
+    name: str
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean over the seeds of one group, and the half width of its 95% interval (nan for fewer than three seeds)."""
+
+    x: list[float]
+    y: list[float]
+    half: list[float]
+
+
+def read(folder: Path) -> Run:
+    """The run in `folder`. Raises UserError where there is none, or nothing was reported yet."""
+    rows = jsonl.read(folder)
+    if not rows:
+        raise UserError(
+            f"{folder}: holds no rows in metrics.jsonl; give the folder of a run (run.folder) that has begun"
+        )
+    environment = folder / "environment.json"
+    return Run(
+        folder,
+        _settings(folder / "config.yaml"),
+        json.loads(environment.read_text()) if environment.exists() else {},
+        [row for row in rows if row["kind"] == "train"],
+        [row for row in rows if row["kind"] == "validation"],
+    )
+
+
+def group(runs: list[Run]) -> list[Group]:
+    """Put runs of the same method together, in the order in which they were given."""
+    found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        found.setdefault(tuple(sorted(_method(run).items())), []).append(run)
+    differing = {key for key in _keys(runs) if len({_method(run).get(key) for run in runs}) > 1}
+    return [Group(_name(members, differing), members) for members in found.values()]
+
+
+def curve(members: Group, rows: str, key: str) -> Curve:
+    """`key` over the epochs at which every seed of the group has a value; `rows` is `train` or `validation`."""
+    tables = []
+    for run in members.runs:
+        values = getattr(run, rows)
+        tables.append(
+            {row["step"]: (row["epoch"], row[key]) for row in values if isinstance(row.get(key), int | float)}
+        )
+    steps = sorted(set.intersection(*map(set, tables))) if tables else []
+    points = np.array([[table[step] for step in steps] for table in tables], dtype=float).reshape(len(tables), -1, 2)
+    half = [interval([float(v) for v in points[:, i, 1]])[1] for i in range(len(steps))]
+    return Curve(points[0, :, 0].tolist(), points[:, :, 1].mean(axis=0).tolist(), half)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half width of its 95% confidence interval by Student's t.
+
+    The half width is nan for fewer than three values: for two it is nine times their distance, which says nothing.
+    """
+    mean = sum(values) / len(values) if values else math.nan
+    if len(values) < 3:
+        return mean, math.nan
+    from scipy.stats import t
+
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return mean, float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+
+
+def phases(members: Group) -> dict[str, float]:
+    """Mean seconds per step of each phase, over all rows and seeds."""
+    collected: dict[str, list[float]] = {}
+    for run in members.runs:
+        for row in run.train:
+            for phase, seconds in row.get("phases", {}).items():
+                if seconds is not None:
+                    collected.setdefault(phase, []).append(seconds)
+    return {phase: sum(seconds) / len(seconds) for phase, seconds in collected.items()}
+
+
+def _settings(path: Path) -> dict[str, str]:
+    sections = yaml.safe_load(path.read_text()) if path.exists() else {}
+    return {
+        f"{name}.{key}": "" if value is None else str(value)
+        for name, section in sections.items()
+        for key, value in section.items()
+    }
+
+
+def _method(run: Run) -> dict[str, str]:
+    # A run of an older version lacks the newer keys; it behaved as their defaults do.
+    defaults = {key: default for key, (default, _) in config.keys().items()}
+    return {key: value for key, value in (defaults | run.settings).items() if not key.startswith(NOT_THE_METHOD)}
+
+
+def _keys(runs: list[Run]) -> list[str]:
+    return sorted({key for run in runs for key in _method(run)})
+
+
+def _name(members: list[Run], differing: set[str]) -> str:
+    if not differing:
+        return members[0].folder.name
+    chosen = _method(members[0])
+    words = [chosen.get("method.name", "?")] if "method.name" in differing else []
+    words += [f"{key.partition('.')[2]} {chosen.get(key, '-')}" for key in sorted(differing - {"method.name"})]
+    return ", ".join(words)

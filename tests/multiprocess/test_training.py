@@ -1,0 +1,158 @@
+"""What must hold over many updates: replicas identical, resume exact, results independent of the number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from esam_dist.data import Batch
+from esam_dist.engine import build_engine
+from esam_dist.engine.zero3 import Zero3Engine
+from esam_dist.evaluate import evaluate
+from esam_dist.models import Classifier
+from esam_dist.ranks import Ranks
+from tests.multiprocess.cluster import Cluster
+from tests.multiprocess.problem import BATCH, Outcome, configuration, make_network, train_rank
+
+ENGINES = {
+    "native": {"name": "native"},
+    "zero1": {"name": "deepspeed", "zero_stage": 1},
+    "zero2": {"name": "deepspeed", "zero_stage": 2},
+    "zero3": {"name": "deepspeed", "zero_stage": 3},
+}
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same_bits(left[key], right[key])
+    elif isinstance(left, list):
+        for one, other in zip(left, right, strict=True):
+            assert_same_bits(one, other)
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_replicas_are_identical_to_the_bit_after_50_updates(two_ranks: Cluster, engine: str) -> None:
+    method = {"beta": 1.0} if engine == "zero3" else {"scope": "global"}
+    outcomes = two_ranks.run(train_rank, configuration(method, engine=ENGINES[engine]), 50, torch.float32)
+    assert outcomes[0].digest == outcomes[1].digest
+    # ... although the ranks kept unequal numbers of samples, and perturbed along gradients of their own.
+    kept = [[float(stats.num_kept) for stats in outcome.stats] for outcome in outcomes]
+    assert kept[0] != kept[1]
+    assert all(a + b == BATCH for a, b in zip(*kept, strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(two_ranks: Cluster, engine: str, optimizer: str) -> None:
+    method = {"beta": 1.0} if engine == "zero3" else {}
+    optim = {"name": optimizer, "lr": 0.01}
+    cfg = configuration(method, engine=ENGINES[engine], optim=optim)
+    whole = two_ranks.run(train_rank, cfg, 6, torch.float32)
+    first = two_ranks.run(train_rank, cfg, 3, torch.float32)
+    second = two_ranks.run(train_rank, cfg, 3, torch.float32, (first[0], 3))
+    assert first[0].digest != second[0].digest
+    assert_same_bits(second[0].state, whole[0].state)
+
+
+def test_looksam_resumes_between_two_perturbations(two_ranks: Cluster) -> None:
+    cfg = configuration({"name": "looksam", "interval": 4})
+    whole = two_ranks.run(train_rank, cfg, 6, torch.float32)
+    first = two_ranks.run(train_rank, cfg, 2, torch.float32)
+    second = two_ranks.run(train_rank, cfg, 4, torch.float32, (first[0], 2))
+    assert_same_bits(second[0].state, whole[0].state)
+    forgotten = two_ranks.run(train_rank, cfg, 4, torch.float32, (Outcome(first[0].state, "", [], {}), 2))
+    assert forgotten[0].digest != whole[0].digest
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("engine", ["native", "zero1"])
+def test_mixed_precision_resumes_to_the_bit_and_stays_near_float32(
+    two_ranks: Cluster, engine: str, precision: str
+) -> None:
+    cfg = configuration({"scope": "rank"}, engine=ENGINES[engine], train={"precision": precision})
+    whole = two_ranks.run(train_rank, cfg, 4, torch.float32)
+    first = two_ranks.run(train_rank, cfg, 2, torch.float32)
+    second = two_ranks.run(train_rank, cfg, 2, torch.float32, (first[0], 2))
+    assert_same_bits(second[0].state, whole[0].state)
+    exact = two_ranks.run(train_rank, configuration({"scope": "rank"}), 1, torch.float32)
+    rounded = whole[0].stats[0]
+    # One rounding of the forward pass: 8 bits of mantissa in bfloat16, 11 in float16.
+    assert float(rounded.loss) == pytest.approx(float(exact[0].stats[0].loss), rel=2**-7)
+    assert float(rounded.loss) != float(exact[0].stats[0].loss)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_run_changes_from_deepspeed_to_native_and_back(two_ranks: Cluster, stage: int) -> None:
+    native, zero = (
+        configuration({}, engine=engine) for engine in (ENGINES["native"], {"name": "deepspeed", "zero_stage": stage})
+    )
+    whole = two_ranks.run(train_rank, native, 6, torch.float32)
+    outcome = two_ranks.run(train_rank, zero, 2, torch.float32)
+    outcome = two_ranks.run(train_rank, native, 2, torch.float32, (outcome[0], 2))
+    outcome = two_ranks.run(train_rank, zero, 2, torch.float32, (outcome[0], 4))
+    for name, value in whole[0].state["model"].items():
+        torch.testing.assert_close(outcome[0].state["model"][name], value, rtol=2e-5, atol=2e-5)
+
+
+def test_groups_of_samples_make_results_independent_of_the_number_of_ranks(two_ranks: Cluster) -> None:
+    method = {"scope": "rank", "group_size": 3}
+    spread = two_ranks.run(train_rank, configuration(method), 4, torch.float64)
+    alone = train_rank(Ranks(), configuration(method, data={"batch_size": 2 * BATCH}), 4, torch.float64)
+    # Sums over groups and over ranks are taken in another order; that is all.
+    for name, value in alone.state["model"].items():
+        torch.testing.assert_close(spread[0].state["model"][name], value, rtol=1e-11, atol=1e-12)
+    whole = train_rank(Ranks(), configuration({"scope": "rank"}, data={"batch_size": 2 * BATCH}), 4, torch.float64)
+    assert whole.digest != alone.digest
+
+
+def overflow_once(ranks: Ranks, cfg: Any) -> tuple[list[float], list[str], dict[str, Any]]:
+    """Train three steps from a loss scale that overflows float16."""
+    first = train_rank(ranks, cfg, 1, torch.float32)
+    first.state["scaler"]["scale"] = 2.0**40
+    second = train_rank(ranks, cfg, 1, torch.float32, (first, 1))
+    return [float(stats.skipped) for stats in second.stats], [first.digest, second.digest], second.state
+
+
+@pytest.mark.parametrize("engine", ["native", "zero1", "zero2"])
+def test_float16_overflow_skips_perturbation_and_update_and_lowers_the_scale(two_ranks: Cluster, engine: str) -> None:
+    cfg = configuration({"scope": "rank"}, engine=ENGINES[engine], train={"precision": "fp16"})
+    for skipped, _, state in two_ranks.run(overflow_once, cfg):
+        assert skipped == [1.0]
+        assert state["scaler"]["scale"] == 2.0**39
+        assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+class Shares:
+    """Validation data of which the first rank has two batches and the second none."""
+
+    def __init__(self, rank: int) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.images = torch.randn(5, 3, 8, 8, generator=generator)
+        self.labels = torch.randint(5, (5,), generator=generator)
+        self.parts = [slice(0, 3), slice(3, 5)] if rank == 0 else []
+
+    def batches(self) -> Any:
+        yield from (Batch(self.images[part], self.labels[part]) for part in self.parts)
+
+
+def score_rank(ranks: Ranks, cfg: Any) -> Any:
+    classifier = Classifier(make_network(torch.float32))
+    engine = build_engine(classifier, cfg, ranks)
+    return evaluate(engine.module, Shares(ranks.rank), ranks, in_step=isinstance(engine, Zero3Engine))
+
+
+def test_zero3_validates_where_ranks_have_unequal_numbers_of_batches(two_ranks: Cluster) -> None:
+    scores = [two_ranks.run(score_rank, configuration({"name": "sgd"}, engine=ENGINES[e])) for e in ("native", "zero3")]
+    assert scores[0][0] == scores[0][1]
+    assert scores[1][0] == scores[1][1]
+    assert scores[0][0].num_samples == scores[1][0].num_samples == 5
+    assert scores[1][0].loss == pytest.approx(scores[0][0].loss, rel=1e-6)
+    assert scores[1][0].accuracy == scores[0][0].accuracy

@@ -1,0 +1,151 @@
+"""Perturbations: their norm, what they leave untouched, and that nothing of them stays."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from esam_dist import perturb
+from esam_dist.batchnorm import GroupStatistics, frozen_batchnorm
+
+
+def parameters(shapes, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+
+
+SHAPES = st.lists(st.lists(st.integers(1, 5), min_size=0, max_size=3).map(tuple), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(SHAPES, st.integers(0, 1000), st.floats(1e-3, 1e3), st.booleans())
+def test_perturbation_has_the_radius_and_is_taken_back_to_the_bit(shapes, seed, radius, keeps):
+    params = parameters(shapes, seed)
+    before = [param.detach().clone() for param in params]
+    grads = [torch.randn_like(param) for param in params]
+    given_grads = [grad.clone() for grad in grads]
+    storages = [param.data_ptr() for param in params]
+    eps = perturb.along(params, grads, radius)
+    with perturb.perturbed(eps, keep_directions=keeps):
+        moved = torch.cat(
+            [(param - was).detach().double().flatten() for param, was in zip(params, before, strict=True)]
+        )
+        # Each weight is rounded once, to its own size.
+        largest = max(float(was.abs().max()) for was in before)
+        assert float(moved.norm()) == pytest.approx(radius, rel=1e-5, abs=1e-6 * largest * len(moved) ** 0.5)
+    assert all(torch.equal(param, was) for param, was in zip(params, before, strict=True))
+    assert [param.data_ptr() for param in params] == storages
+    if keeps:
+        assert all(torch.equal(grad, was) for grad, was in zip(grads, given_grads, strict=True))
+
+
+def test_weights_are_restored_when_the_block_raises():
+    (param,) = parameters([(3,)], 0)
+    before = param.detach().clone()
+    seen = []
+
+    def fails():
+        with perturb.perturbed(perturb.along([param], [torch.ones(3)], 1.0)):
+            seen.append(param.detach().clone())
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fails()
+    assert not torch.equal(seen[0], before)
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_direction_that_is_not_finite_moves_nothing_and_says_so(bad):
+    params = parameters([(2, 2), (3,)], 1)
+    before = [param.detach().clone() for param in params]
+    grads = [torch.ones(2, 2), torch.ones(3)]
+    grads[0][0, 1] = bad  # 3e38 is finite; its square, and so the norm, is not
+    eps = perturb.along(params, grads, 0.5)
+    assert not eps.finite
+    with perturb.perturbed(eps):
+        assert all(torch.equal(param, was) for param, was in zip(params, before, strict=True))
+
+
+def test_direction_of_zeros_moves_nothing_and_is_finite():
+    (param,) = parameters([(4,)], 2)
+    before = param.detach().clone()
+    eps = perturb.along([param], [torch.zeros(4)], 0.5)
+    assert eps.finite
+    with perturb.perturbed(eps):
+        assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [("none", 0.1), ("paper", 0.2), ("released", 0.4)])
+def test_radius_grows_as_the_scale_says(scale, expected):
+    assert perturb.radius(0.1, 0.25, scale) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+def test_adaptive_perturbation_is_the_formula_of_asam(eta):
+    w, g = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64), torch.tensor([0.3, 0.4, -1.0], dtype=torch.float64)
+    param = nn.Parameter(w.clone())
+    T = torch.diag(w.abs() + eta)
+    expected = 0.7 * (T @ T @ g) / (T @ g).norm()
+    with perturb.perturbed(perturb.along_adaptive([param], [g.clone()], 0.7, eta)):
+        torch.testing.assert_close(param.detach() - w, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_adaptive_perturbation_does_not_change_when_layers_are_rescaled():
+    """ASAM's reason to be: scale one layer up and the next down, and the perturbed function stays the same."""
+    first, second = (nn.Parameter(torch.randn(3, 3, dtype=torch.float64)) for _ in range(2))
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def perturbed_loss(a, b):
+        params = [nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())]
+        grads = torch.autograd.grad((x @ params[0] @ params[1]).square().mean(), params)
+        with perturb.perturbed(perturb.along_adaptive(params, list(grads), 0.1, 0.0)):
+            return float((x @ params[0] @ params[1]).square().mean().detach())
+
+    assert perturbed_loss(first, second) == pytest.approx(perturbed_loss(first * 4, second / 4), rel=1e-12)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.own = nn.BatchNorm1d(3, track_running_stats=False)
+
+    def forward(self, x):
+        return self.own(self.norm(x))
+
+
+@pytest.mark.parametrize("value", [1.0, torch.nan, torch.inf])
+def test_frozen_batchnorm_normalises_by_the_batch_and_moves_no_statistics(value):
+    net = Net()
+    x = torch.randn(6, 3)
+    expected = net(x)
+    before = copy.deepcopy(net.state_dict())
+    with frozen_batchnorm(net):
+        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+        net(x * value)
+    for key, buffer in net.state_dict().items():
+        assert torch.equal(buffer, before[key])
+    assert net.norm.track_running_stats
+    assert not net.own.track_running_stats
+    net(x)
+    assert net.norm.num_batches_tracked == before["norm.num_batches_tracked"] + 1
+
+
+def test_group_statistics_are_the_mean_of_what_each_group_would_leave():
+    net, groups = nn.BatchNorm1d(2), [torch.randn(4, 2) for _ in range(3)]
+    alone = []
+    for group in groups:
+        one = copy.deepcopy(net)
+        one(group)
+        alone.append(one.running_var)
+    statistics = GroupStatistics(net)
+    for group in groups:
+        net(group)
+        statistics.end_group()
+    statistics.finish()
+    torch.testing.assert_close(net.running_var, torch.stack(alone).mean(0))
+    assert net.num_batches_tracked == 1
