@@ -20,8 +20,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from esam_dist import esam, swp
+from esam_dist import swp
 from esam_dist.clock import PhaseClock
+from esam_dist.coordinate import Coordination
 from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine
 from esam_dist.esam import Memory, esam_step
@@ -286,7 +287,7 @@ def test_recycling_in_parts_costs_what_recycling_costs(cost):
 def test_the_counter_sees_the_gradient_of_a_tensor_that_was_not_drawn(cost, monkeypatch):
     rule = paper(score="random")
     drawn, everything = cost.drawn(rule), list(cost.network.parameters())
-    monkeypatch.setattr(esam.swp, "draw", lambda *_: swp.Draw(everything))
+    monkeypatch.setattr(swp, "draw", lambda *_: swp.Draw(everything))
     wasted = cost.backward(everything) - cost.backward(drawn)
     assert wasted > 0
     assert counted(cost, rule) == B * (cost.forward + cost.backward(drawn) + wasted) + B // 2 * cost.sgd
@@ -294,11 +295,11 @@ def test_the_counter_sees_the_gradient_of_a_tensor_that_was_not_drawn(cost, monk
 
 def test_the_counter_sees_a_scoring_forward_that_nobody_asked_for(cost, monkeypatch):
     rule = paper(beta=1.0, score="random")
-    select = esam.Coordination.end
+    select = Coordination.end
 
     def scored_again(selection):
         cost.network(torch.randn(B, 3, SIZE, SIZE))
         return select(selection)
 
-    monkeypatch.setattr(esam.Coordination, "end", scored_again)
+    monkeypatch.setattr(Coordination, "end", scored_again)
     assert counted(cost, rule) == (B + B // 2) * cost.sgd + B * cost.forward
