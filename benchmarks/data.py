@@ -34,9 +34,13 @@ from torchvision.transforms import v2
 from benchmarks.data_images import jpeg, photograph
 from esam_dist import config
 from esam_dist.data import open_train
+from esam_dist.data.dataset import open_split
+from esam_dist.data.loader import load
+from esam_dist.data.order import Order
 from esam_dist.data.prepare.encode import Encoding
 from esam_dist.data.prepare.folders import Folders
 from esam_dist.data.prepare.write import Plan, write_dataset
+from esam_dist.data.samples import Samples
 
 BATCH, SIZE, CLASSES = 100, 224, 10
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -76,14 +80,10 @@ def main(argv: list[str] | None = None) -> None:
 def _measure(sets: dict[str, Path], args: argparse.Namespace) -> Iterator[dict[str, object]]:
     print(f"{'images':9} {'workers':7} {'loader':24} {'img/s per core':>20} {'img/s wall':>16} {'MiB/worker':>10}")
     for (name, root), workers in ((pair, workers) for pair in sets.items() for workers in args.workers):
-        # Two batches first: libraries load, tables are built.
-        running = {loader: open_loader(root, workers) for loader, open_loader in LOADERS.items()}
-        for stream in running.values():
-            list(islice(stream, 2))
-        rounds: dict[str, list[Speed]] = {loader: [] for loader in running}
+        rounds: dict[str, list[Speed]] = {loader: [] for loader in LOADERS}
         for number in range(args.rounds):
-            for loader, stream in running.items():
-                speed = _round(stream, -(-args.images // BATCH))
+            for loader, open_loader in LOADERS.items():
+                speed = _round(open_loader(root, workers), -(-args.images // BATCH))
                 rounds[loader].append(speed)
                 yield {
                     "images": name,
@@ -95,10 +95,13 @@ def _measure(sets: dict[str, Path], args: argparse.Namespace) -> Iterator[dict[s
                 }
         for loader, speeds in rounds.items():
             told = f"{_spread(speeds, 0):>20} {_spread(speeds, 1):>16} {speeds[-1].worker_pss_mib:10.0f}"
-            print(f"{name:9} {workers:7} {loader:24} {told}")
+            print(f"{name:9} {workers:7} {loader:24} {told}", flush=True)
 
 
 def _round(stream: Iterator[Any], batches: int) -> Speed:
+    """Measure one loader, alone: workers of others that read ahead would be counted, or get their work for nothing."""
+    # Libraries load, tables are built; before and after the measurement, workers are two batches ahead.
+    list(islice(stream, 3))
     workers = [process for process in psutil.Process().children(recursive=True) if process.is_running()]
     before, start = _cpu_seconds(workers), time.perf_counter()
     images = sum(_size(batch) for batch in islice(stream, batches))
@@ -114,7 +117,6 @@ def _cpu_seconds(workers: list[psutil.Process]) -> float:
 def _size(batch: Any) -> int:
     images, labels = batch
     assert images.shape[1:] == (3, SIZE, SIZE)
-    assert images.dtype == torch.float32
     return len(labels)
 
 
@@ -183,6 +185,15 @@ def _recipe() -> v2.Compose:
     )
 
 
+def _raw(root: Path, workers: int) -> Iterator[Any]:
+    """What a GPU is sent, which then normalises: bytes."""
+    cfg = config.Data(path=root / "shards", batch_size=BATCH, workers=workers, image_size=SIZE, augment="imagenet")
+    split = open_split(cfg.path, "train")
+    draws = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=BATCH, rank=0, world_size=1)
+    raws = load(Samples(split, cfg, train=True), draws, workers, pin=False)
+    return ((raw.images.permute(0, 3, 1, 2), raw.labels) for raw in raws)
+
+
 def _webdataset(root: Path, workers: int) -> Iterator[Any]:
     shards = sorted(map(str, (root / "shards" / "train").glob("*.tar")))
     recipe = _recipe()
@@ -208,6 +219,7 @@ def _image_folder(root: Path, workers: int) -> Iterator[Any]:
 
 LOADERS: dict[str, Loader] = {
     "esam_dist": _ours,
+    "esam_dist, bytes for GPU": _raw,
     "esam_dist, antialias off": _fast,
     "webdataset": _webdataset,
     "ImageFolder": _image_folder,

@@ -150,6 +150,11 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
             f"model.num_classes = {num_classes} is fewer than the {data_classes} classes of {cfg.data.path}; "
             "leave it empty or raise it"
         )
+    if num_classes > data_classes and (cfg.data.mixup or cfg.data.cutmix):
+        raise UserError(
+            f"model.num_classes = {num_classes}: mixup and CutMix make labels of the {data_classes} classes of "
+            f"{cfg.data.path}; leave it empty, or set data.mixup = 0 and data.cutmix = 0"
+        )
     torch.manual_seed(cfg.run.seed)
     device = Ranks.from_environment().device
     network = build_model(cfg.model.name, num_classes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -27,11 +27,19 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, data: ValidationData, ranks: Ranks, *, in_step: bool = False) -> Score:
+def evaluate(
+    module: nn.Module,
+    data: ValidationData,
+    ranks: Ranks,
+    *,
+    in_step: bool = False,
+    beat: Callable[[], None] = lambda: None,
+) -> Score:
     """Score `module` in evaluation mode. Called by all ranks together; each reads its share; all get the result.
 
     Ranks may hold unequal numbers of batches: the only collective is the sum at the end. `in_step` is for a module
     whose forward pass is itself a collective (ZeRO 3): a rank that has no batch left passes an empty one along.
+    `beat` is called after every batch: a sign of life.
     """
     was_training = module.training
     module.eval()
@@ -41,6 +49,7 @@ def evaluate(module: nn.Module, data: ValidationData, ranks: Ranks, *, in_step: 
         ranked = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels.unsqueeze(1)
         loss = F.cross_entropy(logits_BK, labels, reduction="sum")
         counted = loss.new_tensor(float(len(labels)))
+        beat()
         totals += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, counted])
     module.train(was_training)
     first, top5, loss_sum, num_samples = ranks.sum_(totals).tolist()

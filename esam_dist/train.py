@@ -94,8 +94,8 @@ def train(
         stops = False
         if state.step % cfg.train.log_every == 0 or saves or validates:
             row, stops = window.close(clock, rule, lr, stop_requested())
-            _check_finite(row, checkpoints)
             metrics.train(row)
+            _check_finite(row, checkpoints)
         accuracy = None
         if validates:
             accuracy = _validate(engine, validation, ranks, metrics, state, data.num_samples)
@@ -235,7 +235,8 @@ def _validate(
     engine: Engine, validation: ValidationData, ranks: Ranks, metrics: Metrics, state: TrainState, num_samples: int
 ) -> float:
     start = time.perf_counter()
-    score = evaluate(engine.module, validation, ranks, in_step=isinstance(engine, Zero3Engine))
+    in_step = isinstance(engine, Zero3Engine)
+    score = evaluate(engine.module, validation, ranks, in_step=in_step, beat=metrics.heartbeat)
     metrics.validation(
         ValidationRow(
             step=state.step,

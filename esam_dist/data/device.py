@@ -15,6 +15,8 @@ from esam_dist import config
 from esam_dist.data.augment import mixing
 from esam_dist.data.samples import Raw
 
+_FEW = 8
+
 
 class Batch(NamedTuple):
     """Images ready for the network, and what they show, on the device."""
@@ -51,15 +53,24 @@ class Finish:
             yield _handed_over(*waiting)
 
     def _finish(self, raw: Raw) -> Batch:
-        images = raw.images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        if self._device.type == "cpu":
-            # CUDA's convolutions prefer the pixels as they come, channels last.
-            images = images.contiguous()
-        images = images.float().sub_(self._mean).div_(self._std)
         labels = raw.labels.to(self._device, non_blocking=True)
+        if self._device.type == "cpu":
+            images = self._on_cpu(raw.images)
+        else:
+            # CUDA's convolutions prefer the pixels as they come, channels last.
+            pixels = raw.images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            images = pixels.float().sub_(self._mean).div_(self._std)
         if self._mix is not None:
             images, labels = self._mix(images, labels, raw.seed)
         return Batch(images, labels)
+
+    def _on_cpu(self, pixels: Tensor) -> Tensor:
+        """A few images at a time, that stay in the cache between the steps."""
+        images = torch.empty(len(pixels), 3, *pixels.shape[1:3])
+        for start in range(0, len(pixels), _FEW):
+            few = pixels[start : start + _FEW].permute(0, 3, 1, 2).contiguous()
+            images[start : start + _FEW].copy_(few).sub_(self._mean).div_(self._std)
+        return images
 
 
 def _handed_over(batch: Batch, ready: torch.cuda.Event) -> Batch:

@@ -88,16 +88,17 @@ def test_wrong_yaml_type(tmp_path):
         ("method.beta=0", ["method.beta = 0", "(0, 1]"]),
         ("method.beta=1.5", ["method.beta = 1.5", "(0, 1]"]),
         ("method.gamma=-0.1", ["method.gamma = -0.1", "(0, 1]"]),
-        ("method.gamma=[[0, 1], [3, 7]]", ["method.gamma = 7", "(0, 1]"]),
+        ("method.gamma=[[0,1],[3,7]]", ["method.gamma = 7", "(0, 1]"]),
         ("train.epochs", ["section.key=value"]),
         ("model.name=resnet_50", ["model.name = 'resnet_50'", "resnet50"]),
         ("model.num_classes=4", ["model.num_classes = 4", "10 classes"]),
+        ("model.num_classes=12 data.mixup=0.2", ["model.num_classes = 12", "data.mixup = 0"]),
         ("metrics.bind=no.such.host.invalid", ["metrics.bind = no.such.host.invalid"]),
     ],
 )
 def test_refused_value(start, override, words):
     extra = ["metrics.port=9400"] if "bind" in override else []
-    assert_refused(start(override, *extra), *words)
+    assert_refused(start(*override.split(" "), *extra), *words)
 
 
 def test_more_ranks_than_samples(start, monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from esam_dist.data.dataset import open_split
 from esam_dist.data.order import Order
 from esam_dist.data.prepare import prepare_digits
 from esam_dist.errors import UserError
+from tests.commands import environment
 
 CPU = torch.device("cpu")
 
@@ -226,3 +229,31 @@ def test_labels_out_of_range_are_refused(copy):
 def test_a_batch_larger_than_the_set_is_refused(copy):
     with pytest.raises(UserError, match=r"data.batch_size = 1000 on 2 ranks needs 2000 samples.*at most 719, or fewer"):
         train(settings(copy, batch_size=1000), world_size=2)
+
+
+MEMORY = """
+import sys
+from itertools import islice
+from pathlib import Path
+import psutil, torch
+from esam_dist import config
+from esam_dist.data import open_train
+cfg = config.Data(path=Path(sys.argv[1]), workers=1, batch_size=32, image_size=64, augment="imagenet")
+batches = open_train(cfg, seed=0, rank=0, world_size=1, device=torch.device("cpu")).batches(0)
+for epoch in range(11):
+    for batch in islice(batches, 1438 // 32):
+        pass
+    (worker,) = psutil.Process().children()
+    print(worker.memory_info().rss)
+batches.close()
+psutil.wait_procs([worker], timeout=10)
+print(len(psutil.Process().children()))
+"""
+
+
+def test_a_worker_does_not_grow_over_ten_epochs_and_ends_with_its_iterator(digits):
+    command = [sys.executable, "-c", MEMORY, str(digits)]
+    told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=True).stdout
+    *epochs, left = told.splitlines()
+    assert int(epochs[-1]) - int(epochs[0]) < 8 * 2**20
+    assert left == "0"
