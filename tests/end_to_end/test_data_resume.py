@@ -31,6 +31,7 @@ def read_in_step_order(record: Path, ranks: int) -> list[list[int]]:
 def test_a_job_killed_on_three_ranks_goes_on_with_two_where_its_checkpoint_was(digits, tiny, tmp_path):
     overrides = [
         f"run.folder={tmp_path / 'run'}",
+        f"data.path={digits}",
         "train.epochs=1",
         "train.max_steps=0",
         "train.log_every=20",
