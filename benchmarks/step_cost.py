@@ -54,7 +54,8 @@ def with_sgd_between(modes: list[str]) -> list[str]:
 def machine_of(options: argparse.Namespace, device: torch.device) -> str:
     """What the figures hold for, in a line."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    extras = [word for word, on in (("channels_last", options.channels_last), ("compiled", options.compile)) if on]
+    extras = ["channels_last"] if options.channels_last else []
+    extras += [f"compiled: {options.compile}"] if options.compile else []
     return ", ".join(
         [name, f"{torch.get_num_threads()} thread(s)", f"torch {torch.__version__}", options.precision, *extras]
     )
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", choices=["network", "blocks"], help="default: not at all")
     parser.add_argument("--name", help="of the results; default: the device")
     parser.add_argument("--quick", action="store_true", help="cifar_resnet18, a batch of 4, 3 repetitions; name quick")
     parser.add_argument("--report", action="store_true", help="measure nothing")

@@ -13,9 +13,10 @@ from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine
 from esam_dist.esam import Memory, esam_step
-from esam_dist.models import Classifier
+from esam_dist.models import Classifier, compile_network
 from esam_dist.randomness import seed_step
 from esam_dist.ranks import Ranks
+from esam_dist.score import watched_head
 
 
 class Bench:
@@ -25,9 +26,11 @@ class Bench:
         torch.manual_seed(0)
         self._ranks = ranks
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        module = Classifier(model.build(), options.precision).to(ranks.device, memory_format=layout)
+        network = model.build()
+        module = Classifier(network, options.precision, channels_last=options.channels_last).to(ranks.device)
+        watched_head(module)
         if options.compile:
-            module.compile(dynamic=False)
+            compile_network(network, by_block=options.compile == "blocks")
         # At rate 0 every mode meets the same weights, and does the same work.
         optimizer = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
         self._engine = NativeEngine(module, optimizer, ranks)
