@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import platform
 import statistics
 import sys
@@ -40,7 +41,6 @@ from esam_dist.data.order import Order
 from esam_dist.data.prepare.encode import Encoding
 from esam_dist.data.prepare.folders import Folders
 from esam_dist.data.prepare.write import Plan, write_dataset
-from esam_dist.data.samples import Samples
 
 BATCH, SIZE, CLASSES = 100, 224, 10
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -91,6 +91,7 @@ def _measure(sets: dict[str, Path], args: argparse.Namespace) -> Iterator[dict[s
                     "loader": loader,
                     "round": number,
                     **{key: round(value, 1) for key, value in speed._asdict().items()},
+                    "load": round(os.getloadavg()[0], 1),
                     **_machine(),
                 }
         for loader, speeds in rounds.items():
@@ -190,7 +191,7 @@ def _raw(root: Path, workers: int) -> Iterator[Any]:
     cfg = config.Data(path=root / "shards", batch_size=BATCH, workers=workers, image_size=SIZE, augment="imagenet")
     split = open_split(cfg.path, "train")
     draws = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=BATCH, rank=0, world_size=1)
-    raws = load(Samples(split, cfg, train=True), draws, workers, pin=False)
+    raws = load(split, cfg, draws, workers, train=True, pin=False)
     return ((raw.images.permute(0, 3, 1, 2), raw.labels) for raw in raws)
 
 

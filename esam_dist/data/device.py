@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esam_dist import config
 from esam_dist.data.augment import mixing
-from esam_dist.data.samples import Raw
+from esam_dist.data.raw import Raw
 
 _FEW = 8
 

@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from esam_dist import config
-from esam_dist.data.dataset import open_split, read_description
+from esam_dist.data.dataset import Split, open_split, read_description
 from esam_dist.data.device import Batch, Finish
 from esam_dist.data.order import Draw, Order, share
-from esam_dist.data.samples import Raw, Samples
+from esam_dist.data.raw import AHEAD, Raw, Ring
+from esam_dist.data.samples import Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
 from esam_dist.errors import UserError
 
@@ -95,7 +96,7 @@ class ValidationData:
         draws = [Draw(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
         # Validation comes again and again: its workers stay.
         self._raws = load(
-            Samples(split, cfg, train=False), draws, cfg.workers if draws else 0, pin=device.type == "cuda", keep=True
+            split, cfg, draws, cfg.workers if draws else 0, train=False, pin=device.type == "cuda", keep=True
         )
         self._skipped = Skipped(split.num_samples, cfg)
         self._finish = Finish(cfg, device, self.num_classes, train=False)
@@ -122,11 +123,10 @@ def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, devic
             f"step, but {cfg.path} has {split.num_samples}; use at most {most}, or fewer ranks"
         )
     order = Order(seed, split.counts, cfg.shuffle_window, cfg.repeats)
-    samples = Samples(split, cfg, train=True)
 
     def raws(samples_seen: int) -> DataLoader[Any]:
         draws = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
-        return load(samples, draws, cfg.workers, pin=device.type == "cuda")
+        return load(split, cfg, draws, cfg.workers, train=True, pin=device.type == "cuda")
 
     return TrainData(
         cfg, raws, num_samples=split.num_samples, class_names=split.class_names, device=device, close=split.close
@@ -139,7 +139,7 @@ def _open_stream(cfg: config.Data, seed: int, rank: int, world_size: int, device
 
     def raws(samples_seen: int) -> DataLoader[Any]:
         at = Position(seed, rank, samples_seen, cfg.stream_samples, world_size * cfg.batch_size)
-        return load_stream(StreamedBatches(cfg, len(class_names), at), cfg.workers, pin=device.type == "cuda")
+        return load_stream(StreamedBatches(cfg, len(class_names), at), pin=device.type == "cuda")
 
     return TrainData(cfg, raws, num_samples=cfg.stream_samples, class_names=class_names, device=device)
 
@@ -149,12 +149,28 @@ def open_validation(cfg: config.Data, *, rank: int, world_size: int, device: tor
     return ValidationData(cfg, rank=rank, world_size=world_size, device=device)
 
 
-def load(samples: Samples, draws: Iterable[Draw], workers: int, *, pin: bool, keep: bool = False) -> DataLoader[Any]:
-    """Raw batches of `draws`, in order, filled by `workers` processes."""
+class _Numbered:
+    """The draws of every pass, counted from 0."""
+
+    def __init__(self, draws: Iterable[Draw]) -> None:
+        self._draws = draws
+
+    def __iter__(self) -> Iterator[tuple[int, Draw]]:
+        return enumerate(self._draws)
+
+
+def load(
+    split: Split, cfg: config.Data, draws: Iterable[Draw], workers: int, *, train: bool, pin: bool, keep: bool = False
+) -> DataLoader[Any]:
+    """Raw batches of `draws`, in order, filled by `workers` processes; for one iterator at a time (see Ring).
+
+    `keep`: the workers stay, for another pass over `draws`.
+    """
     return DataLoader(
-        samples,  # type: ignore[arg-type]  # whole draws in, whole batches out
-        batch_sampler=draws,  # type: ignore[arg-type]
+        Samples(split, cfg, Ring(cfg, workers), train=train),  # type: ignore[arg-type]  # whole draws in, whole batches out
+        batch_sampler=_Numbered(draws),  # type: ignore[arg-type]
         num_workers=workers,
+        prefetch_factor=AHEAD if workers else None,
         collate_fn=_as_is,
         pin_memory=pin,
         persistent_workers=keep and workers > 0,

@@ -5,35 +5,17 @@ Letters: B samples per rank, S image size in pixels.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from esam_dist import config
 from esam_dist.data.augment import Augment, centre_box
 from esam_dist.data.dataset import SampleError, Split
 from esam_dist.data.decode import ImageFile, Pixels
 from esam_dist.data.order import Draw
-
-
-class Skip(NamedTuple):
-    """A sample that could not be used."""
-
-    name: str
-    reason: str
-    detail: str
-
-
-class Raw(NamedTuple):
-    """A batch as workers send it: bytes, not floats, and no device."""
-
-    images: Tensor  # [B, S, S, 3] uint8
-    labels: Tensor  # [B] int64
-    seed: int
-    """Of what concerns the batch as a whole: mixup and CutMix."""
-    skips: list[Skip]
+from esam_dist.data.raw import Raw, Ring, Skip
 
 
 class View:
@@ -53,27 +35,29 @@ class View:
 
 
 class Samples:
-    """Map-style dataset over whole draws: one call of `__getitems__` fills one batch."""
+    """Map-style dataset over whole draws, numbered: one call of `__getitems__` fills one batch."""
 
-    def __init__(self, split: Split, cfg: config.Data, *, train: bool) -> None:
-        self._split, self._cfg, self._train = split, cfg, train
+    def __init__(self, split: Split, cfg: config.Data, ring: Ring, *, train: bool) -> None:
+        self._split, self._cfg, self._ring, self._train = split, cfg, ring, train
         self._view = View(cfg, train=train)
 
-    def __getitems__(self, draw: Draw) -> Raw:
-        """The batch of `draw`. A bad sample is replaced by the next good one of the batch; in validation, left out."""
+    def __getitems__(self, numbered: tuple[int, Draw]) -> Any:
+        """The Raw of a draw, given its number too: which slot it goes to.
+
+        A bad sample is replaced by the next good one of the batch; in validation, left out.
+        """
+        number, draw = numbered
         size = image_size(self._cfg, draw.step_epoch) if self._train else self._cfg.image_size
-        images = pixel_buffer(len(draw.ids), size)
-        good: list[int] = []
-        skips: list[Skip] = []
+        images = self._ring.images(number, len(draw.ids), size)
+        pixels = images.numpy()
+        skips: dict[int, Skip] = {}
         for place, (sample, seed) in enumerate(zip(draw.ids.tolist(), draw.seeds.tolist(), strict=True)):
-            skip = self._load(sample, seed, images[place].numpy())
-            if skip is None:
-                good.append(place)
-            else:
-                skips.append(skip)
+            skip = self._load(sample, seed, pixels[place])
+            if skip is not None:
+                skips[place] = skip
         labels = torch.from_numpy(self._split.entries["label"][draw.ids].astype(np.int64))
-        raw = Raw(images, labels, int(draw.seeds[0] >> np.uint64(1)), skips)
-        return _without_bad(raw, good, self._train) if skips else raw
+        raw = Raw(images, labels, int(draw.seeds[0] >> np.uint64(1)), list(skips.values()))
+        return self._ring.sent(number, _without_bad(raw, set(skips), self._train) if skips else raw)
 
     def _load(self, sample: int, seed: int, out: Pixels) -> Skip | None:
         try:
@@ -91,19 +75,13 @@ def image_size(cfg: config.Data, epoch: int) -> int:
     return size
 
 
-def pixel_buffer(num_images: int, size: int) -> Tensor:
-    """Room for a batch, [B, S, S, 3] uint8; in a worker, where the main process can see it without a copy."""
-    length = num_images * size * size * 3
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty((num_images, size, size, 3), dtype=torch.uint8)
-    # As torch's own collation does; a tensor allocated otherwise would be copied when it is sent.
-    storage = torch.UntypedStorage._new_shared(length)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(num_images, size, size, 3)
-
-
-def _without_bad(raw: Raw, good: list[int], train: bool) -> Raw:
-    # [B]: the place whose image each place shows
-    shown = np.array(good, np.int64)
-    if train and good:
-        shown = shown[np.searchsorted(shown, np.arange(len(raw.labels))) % len(good)]
-    return raw._replace(images=raw.images[shown], labels=raw.labels[shown])
+def _without_bad(raw: Raw, bad: set[int], train: bool) -> Raw:
+    """Mend `raw` in place, so that its images stay where they are: at the start of their slot."""
+    shown = np.array([place for place in range(len(raw.labels)) if place not in bad], np.int64)
+    if train and len(shown):
+        # [B]: the place whose image each place shows; a good one shows its own, so none is read after it was changed.
+        shown = shown[np.searchsorted(shown, np.arange(len(raw.labels))) % len(shown)]
+    for place, other in enumerate(shown.tolist()):
+        if place != other:
+            raw.images[place] = raw.images[other]
+    return raw._replace(images=raw.images[: len(shown)], labels=raw.labels[shown])

@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import webdataset
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from esam_dist import config
 from esam_dist.data.dataset import SampleError
-from esam_dist.data.decode import SUFFIXES
+from esam_dist.data.decode import SUFFIXES, Pixels
 from esam_dist.data.fetch import FetchError, fetch
 from esam_dist.data.order import mix
-from esam_dist.data.samples import Raw, Skip, View, image_size, pixel_buffer
+from esam_dist.data.raw import AHEAD, Raw, Ring, Skip
+from esam_dist.data.samples import View, image_size
 from esam_dist.errors import UserError
 
 SHUFFLE_SAMPLES = 1000
@@ -50,6 +52,8 @@ class StreamedBatches(IterableDataset[Raw]):
 
     def __init__(self, cfg: config.Data, num_classes: int, at: Position) -> None:
         self._cfg, self._num_classes, self._at = cfg, num_classes, at
+        self.workers = cfg.workers
+        self._ring = Ring(cfg, cfg.workers)
         self._view = View(cfg, train=True)
         self._max_lost = min(MAX_LOST_SHARDS, len(set(webdataset.ResampledShards(cfg.stream).urls)))
 
@@ -62,17 +66,20 @@ class StreamedBatches(IterableDataset[Raw]):
         samples = self._shuffled(seed)
         for step in itertools.count(number, num_workers):
             epoch = (at.samples_seen + step * at.samples_per_step) // at.num_samples
-            yield self._batch(samples, image_size(self._cfg, epoch), int(mix(step, seed % 2**63)[0] >> np.uint64(1)))
+            # The DataLoader asks its workers in turn, so this is batch `step` to it.
+            images = self._ring.images(step, self._cfg.batch_size, image_size(self._cfg, epoch))
+            raw = self._batch(samples, images, int(mix(step, seed % 2**63)[0] >> np.uint64(1)))
+            yield self._ring.sent(step, raw)
 
-    def _batch(self, samples: Iterator[Sample | Skip], size: int, seed: int) -> Raw:
-        batch_size = self._cfg.batch_size
-        images, labels = pixel_buffer(batch_size, size), torch.empty(batch_size, dtype=torch.int64)
+    def _batch(self, samples: Iterator[Sample | Skip], images: Tensor, seed: int) -> Raw:
+        batch_size, pixels = len(images), images.numpy()
+        labels = torch.empty(batch_size, dtype=torch.int64)
         skips: list[Skip] = []
         place = 0
         lost: set[str] = set()
         while place < batch_size and len(lost) < self._max_lost:
             sample = next(samples)
-            label = sample if isinstance(sample, Skip) else self._load(sample, seed + place, images[place])
+            label = sample if isinstance(sample, Skip) else self._load(sample, seed + place, pixels[place])
             if isinstance(label, Skip):
                 skips.append(label)
                 lost |= {label.name} if label.reason == "unreachable" else set()
@@ -83,11 +90,11 @@ class StreamedBatches(IterableDataset[Raw]):
             return Raw(images[:0], labels[:0], seed, skips)
         return Raw(images, labels, seed, skips)
 
-    def _load(self, sample: Sample, seed: int, out: torch.Tensor) -> int | Skip:
+    def _load(self, sample: Sample, seed: int, out: Pixels) -> int | Skip:
         """Fill one place of a batch; returns the label."""
         try:
             data, label = self._parts(sample)
-            self._view(data, seed, out.numpy())
+            self._view(data, seed, out)
         except SampleError as bad:
             return Skip(f"{sample['__url__']}:{sample['__key__']}", bad.reason, bad.detail)
         return label
@@ -146,6 +153,13 @@ def check_stream(cfg: config.Data) -> None:
         raise UserError(f"data.stream = {cfg.stream!r}: there is no such command; install it or mend the URL")
 
 
-def load_stream(batches: StreamedBatches, workers: int, *, pin: bool) -> DataLoader[Any]:
-    """Raw batches, filled by `workers` processes."""
-    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator())
+def load_stream(batches: StreamedBatches, *, pin: bool) -> DataLoader[Any]:
+    """Raw batches, filled by `data.workers` processes; for one iterator at a time (see Ring)."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=batches.workers,
+        prefetch_factor=AHEAD if batches.workers else None,
+        pin_memory=pin,
+        generator=torch.Generator(),
+    )

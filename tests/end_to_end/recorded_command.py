@@ -10,7 +10,7 @@ from pathlib import Path
 
 from esam_dist.cli import main
 from esam_dist.data.order import Draw
-from esam_dist.data.samples import Raw, Samples
+from esam_dist.data.samples import Samples
 
 RANK = int(os.environ["RANK"])
 DIE_RANK, DIE_STEP = (int(part) for part in os.environ.get("DIE_AT", "-1 -1").split())
@@ -18,8 +18,9 @@ read = Samples.__getitems__
 steps = 0
 
 
-def recorded(self: Samples, draw: Draw) -> Raw:
+def recorded(self: Samples, numbered: tuple[int, Draw]) -> object:
     global steps  # noqa: PLW0603
+    _, draw = numbered
     # Validation draws have no augmentation.
     if draw.seeds.any():
         if (RANK, steps) == (DIE_RANK, DIE_STEP):
@@ -27,7 +28,7 @@ def recorded(self: Samples, draw: Draw) -> Raw:
         with (Path(os.environ["RECORD"]) / f"rank{RANK}").open("a") as file:
             file.write(" ".join(map(str, draw.ids)) + "\n")
         steps += 1
-    return read(self, draw)
+    return read(self, numbered)
 
 
 if __name__ == "__main__":

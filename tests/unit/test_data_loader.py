@@ -240,20 +240,26 @@ from esam_dist import config
 from esam_dist.data import open_train
 cfg = config.Data(path=Path(sys.argv[1]), workers=1, batch_size=32, image_size=64, augment="imagenet")
 batches = open_train(cfg, seed=0, rank=0, world_size=1, device=torch.device("cpu")).batches(0)
+owner = psutil.Process()
 for epoch in range(11):
     for batch in islice(batches, 1438 // 32):
         pass
-    (worker,) = psutil.Process().children()
-    print(worker.memory_info().rss)
+    (worker,) = owner.children()
+    shared = [area for area in owner.memory_maps(grouped=False) if area.path.startswith("/dev/shm/torch")]
+    print(worker.memory_info().rss, owner.memory_info().rss, len(shared), sum(area.size for area in shared))
 batches.close()
 psutil.wait_procs([worker], timeout=10)
-print(len(psutil.Process().children()))
+print(len(owner.children()))
 """
 
 
-def test_a_worker_does_not_grow_over_ten_epochs_and_ends_with_its_iterator(digits):
+def test_neither_owner_nor_worker_grows_over_ten_epochs_and_workers_end_with_their_iterator(digits):
     command = [sys.executable, "-c", MEMORY, str(digits)]
     told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=True).stdout
-    *epochs, left = told.splitlines()
-    assert int(epochs[-1]) - int(epochs[0]) < 8 * 2**20
-    assert left == "0"
+    *epochs, left = (tuple(map(int, line.split())) for line in told.splitlines())
+    for process in (0, 1):
+        assert epochs[-1][process] - epochs[0][process] < 8 * 2**20
+    # One mapping of four slots, in every epoch.
+    slots = 4 * 32 * 64 * 64 * 3
+    assert {epoch[2:] for epoch in epochs} == {(1, slots)}
+    assert left == (0,)

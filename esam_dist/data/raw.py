@@ -1,0 +1,119 @@
+"""Raw batches, and the shared memory in which workers hand them to the process that trains.
+
+Letters: B samples per rank, S image size in pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from esam_dist import config
+from esam_dist.errors import UserError
+
+AHEAD = 2
+"""Batches that each worker is asked for in advance: the DataLoader's `prefetch_factor`."""
+
+
+class Skip(NamedTuple):
+    """A sample that could not be used."""
+
+    name: str
+    reason: str
+    detail: str
+
+
+class Raw(NamedTuple):
+    """A batch as workers send it: bytes, not floats, and no device.
+
+    Filled by a worker, its images stay as they are until the batch after the next is asked for, or another pass begins
+    (see Ring); pinned, or without workers, they have memory of their own.
+    """
+
+    images: Tensor  # [B, S, S, 3] uint8
+    labels: Tensor  # [B] int64
+    seed: int
+    """Of what concerns the batch as a whole: mixup and CutMix."""
+    skips: list[Skip]
+
+
+class Ring:
+    """Room for the images of batches, which the workers of one DataLoader fill in turn, and the owner looks into.
+
+    Fresh shared memory for every batch would cost its zeroing, and a fault per page in the worker and in the owner;
+    this is taken once, as a whole, when the ring is made. Raises UserError when there is not so much. Batch n lies in
+    slot n % (P + 2), where P = AHEAD * workers: torch's DataLoader orders batch n + P from a worker just before it
+    returns batch n, in order, so at most n to n + P are being filled, or wait; n - 1 is left alone. Its pinning
+    thread has copied batch n before the DataLoader can return it. Persistent workers finish what an abandoned
+    pass ordered before the next pass orders anything. Two iterators that live at once need a ring each.
+    """
+
+    def __init__(self, cfg: config.Data, workers: int) -> None:
+        size = max([cfg.image_size, *(int(size) for _, size in cfg.progressive)])
+        self._slots = AHEAD * workers + 2 if workers else 0
+        self._length = cfg.batch_size * size * size * 3
+        self._memory = _shared_bytes(self._slots * self._length, cfg, workers) if workers else torch.empty(0)
+        self._key = next(_keys)
+        _rings[self._key] = self
+
+    def images(self, number: int, num_images: int, size: int) -> Tensor:
+        """Room for the images of batch `number`, [B, S, S, 3] uint8: its slot, or without workers fresh memory."""
+        shape = (num_images, size, size, 3)
+        if not self._slots:
+            return torch.empty(shape, dtype=torch.uint8)
+        start, length = number % self._slots * self._length, num_images * size * size * 3
+        assert length <= self._length
+        return self._memory[start : start + length].view(shape)
+
+    def sent(self, number: int, raw: Raw) -> Any:
+        """What a worker returns so that the owner gets `raw`, whose images begin the slot of batch `number`."""
+        return _Sent(self._key, number, raw) if self._slots else raw
+
+
+_keys = itertools.count()
+_rings: WeakValueDictionary[int, Ring] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A raw batch on its way: pickled without its images, it is unpickled as a Raw that looks into the owner's ring."""
+
+    key: int
+    number: int
+    raw: Raw
+
+    def __reduce__(self) -> tuple[Callable[..., Raw | None], tuple[Any, ...]]:
+        # Labels as an array: every tensor that is sent takes shared memory and a file descriptor of its own.
+        images, labels, seed, skips = self.raw
+        return _received, (self.key, self.number, *images.shape[:2], labels.numpy(), seed, skips)
+
+
+def _received(
+    key: int, number: int, num_images: int, size: int, labels: NDArray[Any], seed: int, skips: list[Skip]
+) -> Raw | None:
+    ring = _rings.get(key)
+    if ring is None:
+        # The iterator holds its ring, so nobody waits for this batch: torch's pinning thread still reads while garbage
+        # is collected, where weak references end first. An error would end the thread with a traceback.
+        return None
+    return Raw(ring.images(number, num_images, size), torch.from_numpy(labels), seed, skips)
+
+
+def _shared_bytes(length: int, cfg: config.Data, workers: int) -> Tensor:
+    """Shared memory as torch's own collation takes it, so that it can be sent to spawned workers: [length] uint8."""
+    try:
+        storage = torch.UntypedStorage._new_shared(length)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise UserError(
+            f"data.workers = {workers}: they need {length / 2**20:.0f} MiB of shared memory for batches of "
+            f"{cfg.batch_size} images ({str(error).rpartition(': ')[2]}); use fewer, smaller batches, or give more "
+            "(a larger /dev/shm; docker run --shm-size)"
+        ) from None
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
