@@ -24,7 +24,7 @@ test-slow: .venv/installed
 bench: .venv/installed data/digits/dataset.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
-# The table of config keys.
+# The tables of config keys and of costs.
 readme: .venv/installed
 	$(BIN)/python -m tests.unit.test_readme
 

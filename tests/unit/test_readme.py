@@ -1,5 +1,6 @@
-"""What the README says of keys, commands and files is true. `python -m tests.unit.test_readme` rewrites its table."""
+"""What the README says of keys, costs, commands and files is true; `make readme` writes its tables."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -11,17 +12,47 @@ from esam_dist.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-BEGIN, END = "a test compares it -->\n", "<!-- end of keys -->"
+COSTS = ROOT / "benchmarks/results/step_cost_cpu.csv"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md")]
 
 
-def table():
+def keys():
     """The keys as a table, in the order of the config."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for key, (default, text) in config.keys().items():
         meaning = " ".join(text.split()).replace("|", "\\|")
         rows.append(f"| `{key}` | {f'`{default}`' if default else ''} | {meaning} |")
     return "\n".join(rows) + "\n"
+
+
+def costs():
+    """What a step of each mode costs, as `benchmarks/step_cost.py` has measured it."""
+    with COSTS.open(newline="") as file:
+        measured = {(row["model"], row["mode"]): row for row in csv.DictReader(file)}
+    rows = [
+        "| mode | FLOPs / SGD | time / SGD | peak memory above SGD | ViT-S/16: FLOPs | time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (model, mode), row in measured.items():
+        if model == "resnet50":
+            vit = measured["vit_small", mode]
+            time = f"{float(row['wall_median']):.2f} ({float(row['wall_q1']):.2f}-{float(row['wall_q3']):.2f})"
+            memory = f"{int(row['extra_memory_bytes']) / 2**20:+.0f} MiB"
+            other = f"{float(vit['flop_ratio']):.2f} | {float(vit['wall_median']):.2f}"
+            rows.append(f"| {mode} | {float(row['flop_ratio']):.2f} | {time} | {memory} | {other} |")
+    return "\n".join(rows) + "\n"
+
+
+TABLES = {"keys": keys, "costs": costs}
+
+
+def parts(name, text):
+    """What stands before, in and after a table of the README."""
+    before, begin, rest = text.partition(f"<!-- {name}: `python -m tests.unit.test_readme` writes this table -->\n")
+    inside, end, after = rest.partition(f"<!-- end of {name} -->")
+    assert begin, f"no table of {name}"
+    assert end, f"no end of {name}"
+    return before + begin, inside, end + after
 
 
 def commands():
@@ -33,9 +64,9 @@ def commands():
                 yield shlex.split(arguments, comments=True)
 
 
-def test_table_of_keys_is_that_of_the_config():
-    _, _, rest = README.read_text().partition(BEGIN)
-    assert rest.partition(END)[0] == table(), "run `python -m tests.unit.test_readme`"
+@pytest.mark.parametrize("name", TABLES)
+def test_table_is_what_is_configured_and_measured(name):
+    assert parts(name, README.read_text())[1] == TABLES[name](), "run `make readme`"
 
 
 @pytest.mark.parametrize("arguments", list(commands()), ids=" ".join)
@@ -53,5 +84,6 @@ def test_every_link_to_a_file_leads_somewhere(page):
 
 
 if __name__ == "__main__":
-    before, begin, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + begin + table() + END + rest.partition(END)[2])
+    for name, table in TABLES.items():
+        before, _, after = parts(name, README.read_text())
+        README.write_text(before + table() + after)
