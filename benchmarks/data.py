@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import platform
 import statistics
 import sys
@@ -90,6 +91,7 @@ def _measure(sets: dict[str, Path], args: argparse.Namespace) -> Iterator[dict[s
                     "loader": loader,
                     "round": number,
                     **{key: round(value, 1) for key, value in speed._asdict().items()},
+                    "load": round(os.getloadavg()[0], 1),
                     **_machine(),
                 }
         for loader, speeds in rounds.items():

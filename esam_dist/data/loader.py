@@ -139,7 +139,7 @@ def _open_stream(cfg: config.Data, seed: int, rank: int, world_size: int, device
 
     def raws(samples_seen: int) -> DataLoader[Any]:
         at = Position(seed, rank, samples_seen, cfg.stream_samples, world_size * cfg.batch_size)
-        return load_stream(StreamedBatches(cfg, len(class_names), at), cfg.workers, pin=device.type == "cuda")
+        return load_stream(StreamedBatches(cfg, len(class_names), at), pin=device.type == "cuda")
 
     return TrainData(cfg, raws, num_samples=cfg.stream_samples, class_names=class_names, device=device)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from esam_dist import config
+from esam_dist.errors import UserError
 
 AHEAD = 2
 """Batches that each worker is asked for in advance: the DataLoader's `prefetch_factor`."""
@@ -46,7 +47,8 @@ class Raw(NamedTuple):
 class Ring:
     """Room for the images of batches, which the workers of one DataLoader fill in turn, and the owner looks into.
 
-    Fresh shared memory for every batch would cost a page fault per page in the worker and in the owner. Batch n lies in
+    Fresh shared memory for every batch would cost its zeroing, and a fault per page in the worker and in the owner;
+    this is taken once, as a whole, when the ring is made. Raises UserError when there is not so much. Batch n lies in
     slot n % (P + 2), where P = AHEAD * workers: torch's DataLoader orders batch n + P from a worker just before it
     returns batch n, in order, so at most n to n + P are being filled, or wait; n - 1 is left alone. Its pinning
     thread has copied batch n before the DataLoader can return it. Persistent workers finish what an abandoned
@@ -57,9 +59,7 @@ class Ring:
         size = max([cfg.image_size, *(int(size) for _, size in cfg.progressive)])
         self._slots = AHEAD * workers + 2 if workers else 0
         self._length = cfg.batch_size * size * size * 3
-        # As torch's own collation does, so that it may be sent to spawned workers; pages come when they are written.
-        storage = torch.UntypedStorage._new_shared(self._slots * self._length)  # type: ignore[no-untyped-call]
-        self._memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._memory = _shared_bytes(self._slots * self._length, cfg, workers) if workers else torch.empty(0)
         self._key = next(_keys)
         _rings[self._key] = self
 
@@ -89,11 +89,31 @@ class _Sent:
     number: int
     raw: Raw
 
-    def __reduce__(self) -> tuple[Callable[..., Raw], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Raw | None], tuple[Any, ...]]:
         # Labels as an array: every tensor that is sent takes shared memory and a file descriptor of its own.
         images, labels, seed, skips = self.raw
         return _received, (self.key, self.number, *images.shape[:2], labels.numpy(), seed, skips)
 
 
-def _received(key: int, number: int, num_images: int, size: int, labels: NDArray[Any], seed: int, skips: Any) -> Raw:
-    return Raw(_rings[key].images(number, num_images, size), torch.from_numpy(labels), seed, skips)
+def _received(
+    key: int, number: int, num_images: int, size: int, labels: NDArray[Any], seed: int, skips: list[Skip]
+) -> Raw | None:
+    ring = _rings.get(key)
+    if ring is None:
+        # The iterator holds its ring, so nobody waits for this batch: torch's pinning thread still reads while garbage
+        # is collected, where weak references end first. An error would end the thread with a traceback.
+        return None
+    return Raw(ring.images(number, num_images, size), torch.from_numpy(labels), seed, skips)
+
+
+def _shared_bytes(length: int, cfg: config.Data, workers: int) -> Tensor:
+    """Shared memory as torch's own collation takes it, so that it can be sent to spawned workers: [length] uint8."""
+    try:
+        storage = torch.UntypedStorage._new_shared(length)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise UserError(
+            f"data.workers = {workers}: they need {length / 2**20:.0f} MiB of shared memory for batches of "
+            f"{cfg.batch_size} images ({str(error).rpartition(': ')[2]}); use fewer, smaller batches, or give more "
+            "(a larger /dev/shm; docker run --shm-size)"
+        ) from None
+    return torch.empty(0, dtype=torch.uint8).set_(storage)

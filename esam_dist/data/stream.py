@@ -52,6 +52,7 @@ class StreamedBatches(IterableDataset[Raw]):
 
     def __init__(self, cfg: config.Data, num_classes: int, at: Position) -> None:
         self._cfg, self._num_classes, self._at = cfg, num_classes, at
+        self.workers = cfg.workers
         self._ring = Ring(cfg, cfg.workers)
         self._view = View(cfg, train=True)
         self._max_lost = min(MAX_LOST_SHARDS, len(set(webdataset.ResampledShards(cfg.stream).urls)))
@@ -152,13 +153,13 @@ def check_stream(cfg: config.Data) -> None:
         raise UserError(f"data.stream = {cfg.stream!r}: there is no such command; install it or mend the URL")
 
 
-def load_stream(batches: StreamedBatches, workers: int, *, pin: bool) -> DataLoader[Any]:
-    """Raw batches, filled by `workers` processes."""
+def load_stream(batches: StreamedBatches, *, pin: bool) -> DataLoader[Any]:
+    """Raw batches, filled by `data.workers` processes; for one iterator at a time (see Ring)."""
     return DataLoader(
         batches,
         batch_size=None,
-        num_workers=workers,
-        prefetch_factor=AHEAD if workers else None,
+        num_workers=batches.workers,
+        prefetch_factor=AHEAD if batches.workers else None,
         pin_memory=pin,
         generator=torch.Generator(),
     )

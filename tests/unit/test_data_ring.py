@@ -1,5 +1,6 @@
 """Workers write batches into slots of shared memory: nobody may overwrite what is still in use."""
 
+import pickle
 import time
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from esam_dist.data.loader import load
 from esam_dist.data.order import Order
 from esam_dist.data.raw import AHEAD, Raw, Ring
 from esam_dist.data.stream import Position, StreamedBatches, load_stream
+from esam_dist.errors import UserError
 from tests.unit.test_data_loader import copy, corrupt  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -168,7 +170,7 @@ def test_streamed_batches_stay_too(digits, workers):
     batches = StreamedBatches(cfg, 10, Position(0, 0, 0, cfg.stream_samples, cfg.batch_size))
     sizes = []
     before: list[tuple[Raw, torch.Tensor]] = []
-    for raw in islice(load_stream(batches, workers, pin=False), 60):
+    for raw in islice(load_stream(batches, pin=False), 60):
         now = raw.images.clone()
         time.sleep(PAUSE_SECONDS / 3)
         assert torch.equal(raw.images, now)
@@ -181,3 +183,23 @@ def test_streamed_batches_stay_too(digits, workers):
 def test_without_workers_there_are_no_slots(digits):
     ring = Ring(settings(digits), 0)
     assert ring.images(0, 8, 16).data_ptr() != ring.images(0, 8, 16).data_ptr()
+
+
+def test_a_batch_that_comes_after_its_ring_is_gone_is_nothing(digits):
+    ring = Ring(settings(digits), 1)
+    raw = Raw(ring.images(5, 8, 16).fill_(7), torch.arange(8), 3, [])
+    sent = pickle.dumps(ring.sent(5, raw))
+    assert same(pickle.loads(sent), raw)
+    del ring
+    assert pickle.loads(sent) is None
+
+
+def test_too_little_shared_memory_is_refused(digits, monkeypatch):
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    cfg = settings(digits, workers=8, batch_size=64, image_size=224)
+    data = open_train(cfg, seed=0, rank=0, world_size=1, device=CPU)
+    with pytest.raises(UserError, match=r"data.workers = 8: they need 165 MiB .* 64 images \(No space left on device"):
+        next(data.batches(0))

@@ -110,7 +110,7 @@ def test_only_the_engine_package_knows_deepspeed(path):
         ("esam_dist.data.prepare", ["add_arguments", "prepare_digits", "run"]),
         ("esam_dist.engine", ["Engine", "build_engine"]),
         ("esam_dist.metrics", ["Metrics", "TrainRow", "ValidationRow", "rewind"]),
-        ("esam_dist.models", ["Classifier", "build_model", "model_names"]),
+        ("esam_dist.models", ["Classifier", "build_model", "compile_network", "model_names"]),
     ],
 )
 def test_each_package_offers_these_names(module, names):
