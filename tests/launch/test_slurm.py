@@ -43,8 +43,8 @@ def log(folder):
 
 def test_job_trains_on_two_nodes_with_the_cpus_it_asked_for(slurm, digits, tmp_path):
     job = submit(slurm, digits, tmp_path, "train.max_steps=8", options=["--sbatch=--cpus-per-task=2"])
-    step = until(lambda: slurm.run("squeue", "--steps", f"--jobs={job}", "--noheader"), 60, "the step runs")
-    assert f"{job}.0" in step
+    steps = ["--steps", f"--jobs={job}", "--noheader"]
+    until(lambda: f"{job}.0 " in slurm.run("squeue", *steps), 60, "the step runs")
     cpus = slurm.run("scontrol", "show", "step", f"{job}.0")
     assert "CPUs=4 Tasks=2" in cpus
     facts = slurm.wait(job, "COMPLETED", "FAILED")
