@@ -17,6 +17,7 @@ from esam_dist.data.order import Draw, Order, share
 from esam_dist.data.raw import AHEAD, Raw, Ring
 from esam_dist.data.samples import Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
+from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ def load(
         prefetch_factor=AHEAD if workers else None,
         collate_fn=_as_is,
         pin_memory=pin,
+        worker_init_fn=outlive_stop,
         persistent_workers=keep and workers > 0,
         # Without its own, every iterator would draw from the generator that dropout uses.
         generator=torch.Generator(),

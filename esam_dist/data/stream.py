@@ -26,6 +26,7 @@ from esam_dist.data.fetch import FetchError, fetch
 from esam_dist.data.order import mix
 from esam_dist.data.raw import AHEAD, Raw, Ring, Skip
 from esam_dist.data.samples import View, image_size
+from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
 
 SHUFFLE_SAMPLES = 1000
@@ -161,5 +162,6 @@ def load_stream(batches: StreamedBatches, *, pin: bool) -> DataLoader[Any]:
         num_workers=batches.workers,
         prefetch_factor=AHEAD if batches.workers else None,
         pin_memory=pin,
+        worker_init_fn=outlive_stop,
         generator=torch.Generator(),
     )

@@ -99,7 +99,7 @@ def job(args: argparse.Namespace) -> Job:
         overrides=tuple(args.overrides),
         min_nodes=low,
         max_nodes=high,
-        ranks_per_node=args.nproc_per_node or (_num_gpus() if in_this_process else 0) or 1,
+        ranks_per_node=args.nproc_per_node or _default_ranks(args.launcher),
         node_rank=args.node_rank,
         host=host,
         port=port,
@@ -139,6 +139,12 @@ def _rendezvous(text: str) -> tuple[str, int]:
     if not port.isdigit() or not 0 < int(port) < 65536 or (text and not host):
         raise UserError(f"--rendezvous {text}: give HOST or HOST:PORT of node 0")
     return host, int(port)
+
+
+def _default_ranks(launcher: str) -> int:
+    if launcher == "slurm":
+        return 0  # every node counts its own GPUs; the one that renders the script may have none
+    return (_num_gpus() if launcher in ("torchrun", "deepspeed") else 0) or 1
 
 
 def _num_gpus() -> int:

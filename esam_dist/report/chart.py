@@ -70,20 +70,23 @@ def bars(title: str, groups: dict[str, dict[str, float]], order: list[str]) -> s
         for phase, colour in zip(order, COLOURS, strict=False)
         if any(seconds.get(phase) for seconds in groups.values())
     }
-    height = 44 * len(groups) + 8
     parts = []
-    for number, (name, seconds) in enumerate(groups.items()):
-        top, left = 44 * number + 18, 0.0
-        parts.append(f'<text class="label" x="0" y="{top - 5}">{escape(name)}: {sum(seconds.values()):.4g} s</text>')
+    for name, seconds in groups.items():
+        left = 0.0
+        drawn = []
         for phase, colour in colours.items():
             width = seconds.get(phase, 0.0) / longest * 960
-            parts.append(
-                f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="20" fill="{colour}">'
+            drawn.append(
+                f'<rect x="{left:.1f}" y="0" width="{width:.1f}" height="20" fill="{colour}">'
                 f"<title>{escape(phase)}: {seconds.get(phase, 0.0):.4g} s</title></rect>"
             )
             left += width
-    svg = f'<svg viewBox="0 0 960 {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    return f'<figure class="wide"><figcaption>{escape(title)}</figcaption>{legend(colours)}{svg}</figure>'
+        label = f"{name}: {sum(seconds.values()):.4g} s"
+        head = (
+            f'<svg class="bar" viewBox="0 0 960 20" preserveAspectRatio="none" role="img" aria-label="{escape(name)}">'
+        )
+        parts.append(f"<div>{escape(label)}</div>{head}{''.join(drawn)}</svg>")
+    return f'<figure class="wide"><figcaption>{escape(title)}</figcaption>{legend(colours)}{"".join(parts)}</figure>'
 
 
 def legend(colours: dict[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from esam_dist.metrics.prometheus import PHASES
@@ -16,18 +17,17 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 div.table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; }
-tr.differs td { font-weight: 600; }
+td.number, th.number { text-align: right; white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-weight: 600; }
-svg { width: 100%; height: auto; }
+svg { width: 100%; height: auto; } svg.bar { height: 20px; margin-bottom: .5rem; }
 .line { fill: none; stroke-width: 1.8; } .band { opacity: .18; }
 .grid { stroke: var(--line); } .mark { stroke-dasharray: 4 3; }
-.tick, .label { font-size: 11px; fill: currentColor; } .label { font-size: 13px; }
+.tick { font-size: 12px; fill: currentColor; }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .legend span { margin-right: 1.2rem; white-space: nowrap; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem; border-radius: 2px; }
-.note { color: var(--soft); font-size: .9rem; } td.config { overflow-wrap: anywhere; }
+.note { color: var(--soft); font-size: .9rem; } td.config { overflow-wrap: anywhere; min-width: 8rem; }
 """
 ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 CHARTS = (
@@ -57,11 +57,12 @@ def page(groups: list[Group]) -> str:
     runs = [run for members in groups for run in members.runs]
     colours = {members.name: chart.COLOURS[i % len(chart.COLOURS)] for i, members in enumerate(groups)}
     drawn = [_chart(groups, colours, *entry) for entry in CHARTS]
-    breakdown = chart.bars("Seconds per phase of a step", {g.name: phases(g) for g in groups}, list(PHASES))
+    seconds = {members.name: phases(members) for members in groups}
+    breakdown = chart.bars("Seconds per phase of a step", seconds, list(PHASES)) + _phases(seconds)
     title = groups[0].name if len(groups) == 1 else f"{len(groups)} methods, {len(runs)} runs"
     body = [
         f"<h1>Training report: {escape(title)}</h1>",
-        _table(groups),
+        _numbers(COLUMNS, rows(groups), words=2),
         f'<h2>Curves</h2>{chart.legend(colours)}<div class="charts">{"".join(drawn)}</div>',
         '<p class="note">Lines: mean over seeds, where all have a value. Bands, from three seeds on: 95% confidence '
         "interval of the mean (Student's t). Dashed: a restart.</p>",
@@ -103,11 +104,24 @@ def _number(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" \u00b1 {half:.{digits}f}")
 
 
-def _table(groups: list[Group]) -> str:
-    head = "".join(f"<th{' class=number' if i > 1 else ''}>{column}</th>" for i, column in enumerate(COLUMNS))
+def _phases(seconds: dict[str, dict[str, float]]) -> str:
+    """The bars' numbers, for paper and for those who cannot point at a bar."""
+    shown = [phase for phase in PHASES if any(values.get(phase) for values in seconds.values())]
+    if not shown:
+        return ""
+    lines = [
+        [name, *(f"{values[phase]:.4f}" if values.get(phase) else "-" for phase in shown)]
+        for name, values in seconds.items()
+    ]
+    return _numbers(["Seconds", *shown], lines, words=1)
+
+
+def _numbers(columns: Sequence[str], table: list[list[str]], words: int) -> str:
+    """A table whose first `words` columns are words, the others numbers."""
+    head = "".join(f"<th{' class=number' if i >= words else ''}>{column}</th>" for i, column in enumerate(columns))
     lines = []
-    for words in rows(groups):
-        cells = "".join(f"<td{' class=number' if i > 1 else ''}>{escape(word)}</td>" for i, word in enumerate(words))
+    for row in table:
+        cells = "".join(f"<td{' class=number' if i >= words else ''}>{escape(word)}</td>" for i, word in enumerate(row))
         lines.append(f"<tr>{cells}</tr>")
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 

@@ -120,6 +120,25 @@ def test_dashboard_panels_do_not_overlap_and_have_unique_ids():
         cells |= own
 
 
+def test_dashboard_asks_the_data_source_that_its_user_chooses():
+    board = json.loads(DASHBOARD.read_text())
+    variables = {entry["name"]: entry for entry in board["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource"
+    chosen = {"type": variables["datasource"]["query"], "uid": "${datasource}"}
+    assert variables["run"]["datasource"] == chosen
+    used = set()
+    for panel in board["panels"]:
+        if panel["type"] == "row":
+            continue
+        assert panel["datasource"] == chosen, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"] in {"short", "percentunit", "s", "bytes"}, panel["title"]
+        targets = panel["targets"]
+        assert len({target["refId"] for target in targets}) == len(targets) > 0, panel["title"]
+        assert all(target["datasource"] == chosen for target in targets), panel["title"]
+        used |= {name for target in targets for name in re.findall(r"\$(\w+)", target["expr"])}
+    assert used == set(variables) - {"datasource"}
+
+
 def test_documentation_lists_every_metric_and_every_alert():
     text = (ROOT / "docs/operations.md").read_text()
     assert set(names()) == set(re.findall(r"^\| `(esam_\w+)`", text, re.MULTILINE))

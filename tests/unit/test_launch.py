@@ -211,9 +211,20 @@ def test_slurm_script_is_bash_and_holds_the_job(tmp_path):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+def test_slurm_nodes_count_their_own_gpus_where_no_number_is_given():
+    for option, words in (("", []), ("--nproc-per-node=8 ", ["--nproc-per-node=8"])):
+        wanted = arguments.job(parsed("--with=slurm", "--nnodes=2", *words))
+        script = slurm.render(wanted, Path("my runs/logs"), [])
+        assert f'--node-rank="$SLURM_NODEID" {option}\\\n' in script
+        assert '--logs="my runs/logs" ' in script
+        assert "#SBATCH --output=%x-%j.log\n" in script, "Slurm makes no folder for it"
+
+
 def test_slurm_refuses_what_a_shell_would_change():
     with pytest.raises(UserError, match="cannot stand in a Slurm script"):
         slurm.render(job("--with=slurm"), Path("$HOME/logs"), [])
+    with pytest.raises(UserError, match="--name 'a b': Slurm takes a name without blanks"):
+        slurm.render(job("--with=slurm", "--name=a b"), Path("logs"), [])
     with pytest.raises(UserError, match="Slurm allocates a fixed number"):
         slurm.render(job("--with=slurm", "--nnodes=1:4"), Path("logs"), [])
 

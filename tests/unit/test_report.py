@@ -87,6 +87,14 @@ def test_every_chart_is_well_formed_svg(tmp_path):
     assert "<title>restart</title>" in text
 
 
+def test_seconds_of_every_phase_stand_in_a_table(tmp_path):
+    text = page.page(runs.group([write_run(tmp_path / m, method=m) for m in ("sgd", "esam")]))
+    table = next(part for part in text.split("<table>") if ">Seconds<" in part)
+    assert re.findall(r"<th.*?>(\w+)</th>", table) == ["Seconds", "ascent", "descent"]
+    for name in ("sgd", "esam"):
+        assert f"<td>{name}</td><td class=number>0.1000</td><td class=number>0.2000</td>" in table
+
+
 def test_what_users_write_is_shown_as_text(tmp_path):
     text = page.page(runs.group([write_run(tmp_path / "a&b", note="<script>alert(1)</script>")]))
     assert "<script>" not in text
