@@ -16,6 +16,7 @@ from esam_dist.data.device import Batch, Finish
 from esam_dist.data.order import Draw, Order, share
 from esam_dist.data.samples import Raw, Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
+from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ def load(samples: Samples, draws: Iterable[Draw], workers: int, *, pin: bool, ke
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=pin,
+        worker_init_fn=outlive_stop,
         persistent_workers=keep and workers > 0,
         # Without its own, every iterator would draw from the generator that dropout uses.
         generator=torch.Generator(),

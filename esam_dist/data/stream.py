@@ -24,6 +24,7 @@ from esam_dist.data.decode import SUFFIXES
 from esam_dist.data.fetch import FetchError, fetch
 from esam_dist.data.order import mix
 from esam_dist.data.samples import Raw, Skip, View, image_size, pixel_buffer
+from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
 
 SHUFFLE_SAMPLES = 1000
@@ -148,4 +149,11 @@ def check_stream(cfg: config.Data) -> None:
 
 def load_stream(batches: StreamedBatches, workers: int, *, pin: bool) -> DataLoader[Any]:
     """Raw batches, filled by `workers` processes."""
-    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator())
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=outlive_stop,
+        generator=torch.Generator(),
+    )

@@ -33,6 +33,20 @@ def test_status_of_a_failing_rank_is_the_status_of_the_launch(digits, tmp_path):
     assert "nowhere" in logs["0"]
 
 
+def test_rank_with_loader_processes_stops_with_a_checkpoint(digits, tmp_path):
+    overrides = [f"run.folder={tmp_path / 'run'}", "data.workers=2", "train.max_steps=100000"]
+    words = command(digits, f"--logs={tmp_path / 'logs'}", overrides)
+    shown = tmp_path / "shown.log"
+    with started(words, shown, cwd=ROOT) as running:
+        until(lambda: " step 6/" in shown.read_text(), 200, "six updates are shown")
+        running.terminate()
+        assert running.wait(120) == 143, shown.read_text()[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert (tmp_path / f"run/checkpoints/step_{max(row['step'] for row in rows):08d}").is_dir(), shown.read_text()[
+        -3000:
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_deepspeed_job_shows_its_ranks_and_stops_with_a_checkpoint(digits, tmp_path):
