@@ -35,7 +35,7 @@ def lines(title: str, shown: list[Line], unit: str = "") -> str:
     if not shown:
         return ""
     points = [point for line in shown for point in _finite(line.curve)]
-    x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
+    x_low, x_high = min(0.0, *(p[0] for p in points)), max(p[0] for p in points)  # from 0: one axis for all charts
     y_low, y_high = _range([edge for line in shown for p in _finite(line.curve) for edge in _edges(p, line.limits)])
 
     def x(value: float) -> float:

@@ -18,7 +18,7 @@ div.table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; white-space: nowrap; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; } svg.bar { height: 20px; margin-bottom: .5rem; }
 .line { fill: none; stroke-width: 1.8; } .band { opacity: .18; }
@@ -163,6 +163,11 @@ def _flat(values: dict[str, object]) -> dict[str, str]:
     return found
 
 
+def _wrapped(text: str) -> str:
+    """Paths and `key=value` break where they are made of parts, in a narrow column."""
+    return escape(text).replace("/", "/<wbr>").replace("=", "=<wbr>")
+
+
 def _facts(runs: list[Run], table: dict[str, list[str]]) -> str:
     if not table:
         return "<p>Not reported.</p>"
@@ -170,9 +175,9 @@ def _facts(runs: list[Run], table: dict[str, list[str]]) -> str:
     same, differing = [], []
     for key, values in table.items():
         if len(set(values)) == 1:
-            same.append(f'<tr><td>{escape(key)}</td><td class="config">{escape(values[0])}</td></tr>')
+            same.append(f'<tr><td>{escape(key)}</td><td class="config">{_wrapped(values[0])}</td></tr>')
         else:
-            cells = "".join(f'<td class="config">{escape(value)}</td>' for value in values)
+            cells = "".join(f'<td class="config">{_wrapped(value)}</td>' for value in values)
             differing.append(f'<tr class="differs"><td>{escape(key)}</td>{cells}</tr>')
     alike = f'<div class="table"><table>{"".join(same)}</table></div>'
     if len(runs) == 1:

@@ -29,15 +29,16 @@ inside=({inside})
 exec 2>&1
 {script}
 """
-# The health check fails before the run and passes while it trains; SIGTERM then ends it in order.
+# The job is process 1 of a namespace, which no signal without a handler ends. The health check fails before the run and
+# passes while it trains; SIGTERM then ends it in order.
 TRAIN = """
-"${{inside[@]}}" touch /home/esam/new && exit 1
+"${{inside[@]}}" touch /var/tmp/new && exit 1
 "${{inside[@]}}" {health} && exit 1
-"${{inside[@]}}" esam-dist launch --nproc-per-node=2 configs/digits_esam.yaml data.path=/mnt/data \\
-    run.folder=/mnt/runs/digits metrics.port=9400 train.log_every=2 train.max_steps=100000 &
-until grep -q train {rows}; do sleep 1; kill -0 $!; done
+unshare --pid --fork --kill-child "${{inside[@]}}" esam-dist launch --nproc-per-node=2 configs/digits_esam.yaml \\
+    data.path=/mnt/data run.folder=/mnt/runs/digits metrics.port=9400 train.log_every=2 train.max_steps=100000 &
+until grep -qs train {rows}; do sleep 1; kill -0 $!; done
 "${{inside[@]}}" {health}
-kill -TERM $!
+kill -TERM $(cat /proc/$!/task/$!/children)
 wait $!
 """
 
@@ -119,7 +120,7 @@ class Image:
         hosts.write_text("127.0.0.1 localhost\n")
         places = {"root": inside[2], "hosts": hosts, "runs": runs, "data": data}
         text = READ_ONLY.format(**places, inside=shlex.join(inside), script=script)
-        words = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "bash", "-euc", text]
+        words = ["unshare", "--mount-proc", "--net", "--pid", "--fork", "--kill-child", "bash", "-euc", text]
         try:
             return subprocess.run(words, check=False, capture_output=True, text=True, timeout=600)
         finally:
@@ -170,7 +171,7 @@ def test_image_trains_on_a_read_only_root_and_its_health_check_sees_it(image, di
     script = TRAIN.format(health=health, rows=runs / "digits/metrics.jsonl")
     done = image.run_read_only(script, runs, digits / "data")
     assert done.returncode == 143, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "/home/esam/new: Read-only file system" in done.stdout.replace("'", "")
+    assert "/var/tmp/new: Read-only file system" in done.stdout.replace("'", "")
     rows = [json.loads(line) for line in (runs / "digits/metrics.jsonl").read_text().splitlines()]
     step = max(row["step"] for row in rows)
     assert (runs / f"digits/checkpoints/step_{step:08d}").is_dir()

@@ -42,7 +42,7 @@ def site(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1100, 420])
+@pytest.mark.parametrize("width", [1100, 360])
 def test_browser_draws_every_curve_and_band_inside_the_page(tmp_path, site, width):
     folders = [tmp_path / f"{m}-{s}" for m in ("sgd", "esam") for s in range(3)]
     for folder in folders:
