@@ -1,6 +1,6 @@
 """Record the scores of real training, for benchmarks/coordination.py to draw from.
 
-    python benchmarks/coordination_scores.py
+    python -m benchmarks.coordination_scores
 
 trains cifar_resnet8 with SAM on scikit-learn's digits (8 epochs, 16 pixels, batch 32, rho 0.05, one random shift a
 batch) and after epochs 1, 3 and 8 plays all ranks of a job in turn: each perturbs the weights with the gradient of its

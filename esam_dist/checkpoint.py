@@ -7,7 +7,6 @@ it gets the name last. Only rank 0 touches the disk, so no file system needs to 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from esam_dist.checksum import sha256
 from esam_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Checkpoints:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        metadata = {"step": step, "accuracy": accuracy, "sha256": _sha256(partial / "state.pt")}
+        metadata = {"step": step, "accuracy": accuracy, "sha256": sha256(partial / "state.pt")}
         with (partial / "metadata.json").open("w") as file:
             json.dump(metadata, file)
             file.flush()
@@ -97,7 +97,7 @@ def read(path: Path) -> State:
     """The state in the checkpoint folder `path`. Raises UserError when it is missing, damaged or unreadable."""
     try:
         metadata = json.loads((path / "metadata.json").read_text())
-        if _sha256(path / "state.pt") != metadata["sha256"]:
+        if sha256(path / "state.pt") != metadata["sha256"]:
             raise UserError(f"checkpoint {path}: state.pt does not match its checksum; use another checkpoint")
         state: State = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
@@ -115,14 +115,6 @@ def _accuracy(path: Path) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         # A damaged checkpoint is not the best one; it must not stop the next from being saved.
         return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _flush_folder(folder: Path) -> None:

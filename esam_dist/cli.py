@@ -23,7 +23,7 @@ from esam_dist.errors import UserError
 from esam_dist.esam import Memory
 from esam_dist.evaluate import evaluate
 from esam_dist.metrics import Metrics, rewind
-from esam_dist.models import Classifier, build_model
+from esam_dist.models import Classifier, build_model, compile_network
 from esam_dist.ranks import Ranks, joined
 from esam_dist.run_folder import open_run_folder
 from esam_dist.score import watched_head
@@ -163,7 +163,7 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
     if cfg.method.name == "esam" and cfg.method.score == "head":
         watched_head(classifier)
     if cfg.train.compile:
-        network.compile()
+        compile_network(network, by_block=cfg.method.name == "esam" and cfg.method.swp == "suffix")
     return classifier
 
 

@@ -73,13 +73,20 @@ def suffix_chance(from_last: int, num_tensors: int, beta: float) -> float:
 
 
 def mask_elements(grads: Sequence[Tensor], keep: float, generator: torch.Generator) -> None:
-    """Set each element to zero with probability `1 - keep`, in place."""
+    """Set each element to zero with probability `1 - keep`, in place; `keep` is met to within 2**-16.
+
+    An element's lot is 16 bits of a random word: a quarter of the time of one floating-point draw for each.
+    """
     if generator.device != grads[0].device:
         # Masks are drawn where the gradients are: as many numbers as weights are not to be sent there.
         seed = int(torch.randint(2**62, (), generator=generator))
         generator = torch.Generator(grads[0].device).manual_seed(seed)
+    highest_kept = max(1, round(keep * 2**16)) - 1 - 2**15
     for grad in grads:
-        grad.mul_(torch.empty_like(grad).bernoulli_(keep, generator=generator))
+        words = torch.empty(-(-grad.numel() // 4), dtype=torch.int64, device=grad.device)
+        lots = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: grad.numel()]
+        # A product and not a fill: what is not finite has to show in the norm.
+        grad.mul_(lots.view_as(grad) <= highest_kept)
 
 
 def has_norms(module: nn.Module) -> bool:

@@ -123,7 +123,7 @@ class Train(Section):
     channels_last: bool = False
     """Weights and images with the channels innermost: faster convolutions on GPUs, at half precision above all."""
     compile: bool = False
-    """Compile the network with `torch.compile`."""
+    """Compile the network with `torch.compile`; with `swp: suffix` by block, for the ascent to stop at its cut."""
     label_smoothing: BelowOne = 0.0
     """Share of the target spread evenly over all classes."""
     log_every: Count = 10

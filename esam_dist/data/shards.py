@@ -7,7 +7,6 @@ index exists: the index is renamed into place last.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from esam_dist.checksum import sha256
 from esam_dist.errors import UserError
 
 BLOCK = 512
@@ -104,15 +104,6 @@ def read_index(shard: Path) -> tuple[ShardInfo, Entries]:
     if size != info.bytes or not _headers_match(shard, entries[[0, -1]]):
         raise UserError(f"data.path: {path} does not match {shard.name} ({size} bytes); prepare the data again")
     return info, entries
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def member_name(header: bytes) -> str:

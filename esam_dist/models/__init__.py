@@ -2,10 +2,12 @@
 
 build_model(name, num_classes)    the bare network
 Classifier                        the network as it is trained: its forward passes under autocast
+compile_network(network)          torch.compile, as a whole or block by block
 model_names()                     every name that build_model knows
 """
 
 from esam_dist.models.build import build_model, model_names
 from esam_dist.models.classifier import Classifier
+from esam_dist.models.compiled import compile_network
 
-__all__ = ["Classifier", "build_model", "model_names"]
+__all__ = ["Classifier", "build_model", "compile_network", "model_names"]

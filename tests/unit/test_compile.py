@@ -5,25 +5,30 @@ import copy
 import pytest
 import torch
 import torch._dynamo
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn import functional as F
 
 from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine
 from esam_dist.esam import Memory, esam_step
-from esam_dist.models import Classifier, build_model
+from esam_dist.models import Classifier, build_model, compile_network
+from esam_dist.models.compiled import blocks
 from esam_dist.ranks import Ranks
 from esam_dist.rule import Rule
 from esam_dist.score import watched_head
+from esam_dist.swp import draw_suffix
 
 
-def train(network, rule, *, compiled, steps, sizes):
+def train(network, rule, *, compiled, steps, sizes, by_block=False):
     classifier = Classifier(network)
     if rule.score == "head":
         watched_head(classifier)
     if compiled:
         # The frontend and autograd of torch.compile, without the minutes of its C++ backend on a CPU.
-        network.compile(backend="aot_eager")
+        compile_network(network, by_block=by_block, backend="aot_eager")
     engine = NativeEngine(classifier, torch.optim.SGD(classifier.parameters(), 0.05), Ranks())
     graphs = []
     for step in range(steps):
@@ -60,6 +65,78 @@ def test_compiled_network_takes_the_same_steps_with_a_bounded_number_of_compilat
     # One graph for the batch, one for the scores at w + eps (no gradient), one for the kept samples.
     assert graphs[0] <= (3 if score == "forward" else 2)
     assert graphs[-1] == graphs[0], "a later step compiled again"
+
+
+@pytest.fixture
+def limits():
+    """torch's own limits of compilations, restored."""
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in names}):
+        yield
+
+
+@pytest.mark.usefixtures("limits")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_network_compiled_by_block_takes_the_same_steps_with_a_bounded_number_of_compilations():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    eager = build_model("cifar_resnet8", 10)
+    compiled = copy.deepcopy(eager)
+    rule = Rule(name="esam", rho=0.1, radius=0.1, beta=0.5, gamma=0.5, swp="suffix")
+    train(eager, rule, compiled=False, steps=6, sizes=8)
+    graphs = train(compiled, rule, compiled=True, by_block=True, steps=6, sizes=8)
+    for one, other in zip(eager.state_dict().values(), compiled.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    # Three blocks, all different; as above.
+    assert graphs[0] <= 9
+    assert graphs[-1] == graphs[0], "a later step compiled again"
+
+
+@pytest.mark.usefixtures("limits")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("uniform", [0.02, 0.3, 0.6, 0.99])
+def test_backward_of_a_network_compiled_by_block_stops_at_the_block_of_the_cut(uniform):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = build_model("cifar_resnet8", 10)
+    backwards = []
+
+    def as_is(graph, _):
+        return make_boxed_func(graph.forward)
+
+    def counted(graph, _):
+        def run(*inputs):
+            backwards.append(graph)
+            return graph.forward(*inputs)
+
+        return make_boxed_func(run)
+
+    compile_network(network, by_block=True, backend=aot_autograd(fw_compiler=as_is, bw_compiler=counted))
+    drawn = draw_suffix(list(network.parameters()), 0.5, uniform).params
+    loss = F.cross_entropy(network(torch.randn(4, 3, 8, 8)), torch.randint(10, (4,)))
+    torch.autograd.grad(loss, drawn)
+    perturbed = {id(param) for param in drawn}
+    reached = [block for block in blocks(network) if any(id(param) in perturbed for param in block.parameters())]
+    assert len(backwards) == len(reached)
+
+
+def test_blocks_are_the_repeated_parts_and_hold_almost_all_weights():
+    for name, number in (("resnet50", 16), ("vit_b_16", 12), ("wrn28_10", 12), ("convnext_tiny", 18), ("vgg11", 0)):
+        with torch.device("meta"):
+            network = build_model(name, 10)
+        found = blocks(network)
+        assert len(found) == number, name
+        held = sum(param.numel() for block in found for param in block.parameters())
+        assert number == 0 or held > 0.9 * sum(param.numel() for param in network.parameters())
+
+
+@pytest.mark.usefixtures("limits")
+def test_network_without_blocks_is_compiled_as_a_whole_and_says_so(caplog):
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    compile_network(network, by_block=True, backend="aot_eager")
+    assert "no repeated blocks" in caplog.text
+    assert network._compiled_call_impl is not None
 
 
 def test_channels_last_changes_the_layout_and_not_the_result():

@@ -12,7 +12,19 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only from lower floors, files of one folder also from each other (docs/architecture.md).
 FLOORS = [
-    {"errors", "clock", "schedule", "randomness", "ranks", "selection", "perturb", "swp", "batchnorm", "descent"},
+    {
+        "errors",
+        "checksum",
+        "clock",
+        "schedule",
+        "randomness",
+        "ranks",
+        "selection",
+        "perturb",
+        "swp",
+        "batchnorm",
+        "descent",
+    },
     {"config", "models", "checkpoint", "score"},
     {"data", "metrics", "engine", "rule", "run_folder", "launch"},
     {"coordinate", "evaluate", "report"},

@@ -74,11 +74,23 @@ def test_suffix_perturbs_the_last_tensors_in_the_order_of_depth():
     assert drawn.params[-1] is net.head.bias
 
 
-def test_element_mask_keeps_the_share():
-    ones = [torch.ones(200, 50), torch.ones(30)]
-    swp.mask_elements(ones, 0.3, torch.Generator().manual_seed(0))
-    assert set(ones[0].unique().tolist()) == {0.0, 1.0}
-    assert float(ones[0].mean()) == pytest.approx(0.3, abs=0.02)
+@pytest.mark.parametrize("keep", [2**-16, 0.3, 0.5, 1.0 - 2**-16])
+def test_element_mask_keeps_the_share(keep):
+    ones = [torch.ones(1001, 999), torch.ones(1_000_001)]
+    swp.mask_elements(ones, keep, torch.Generator().manual_seed(0))
+    kept = torch.cat([tensor.flatten() for tensor in ones])
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    # Five standard errors of that many independent draws.
+    assert float(kept.double().mean()) == pytest.approx(keep, abs=5 * (keep * (1 - keep) / len(kept)) ** 0.5)
+
+
+def test_element_masks_of_neighbours_are_independent():
+    """The four lots of a random word, and those of words in a row."""
+    ones = torch.ones(1_000_000)
+    swp.mask_elements([ones], 0.5, torch.Generator().manual_seed(0))
+    signs = 2 * ones - 1
+    for distance in range(1, 9):
+        assert abs(float((signs[distance:] * signs[:-distance]).mean())) < 5e-3
 
 
 @pytest.mark.parametrize(("name", "modules"), [("cifar_resnet8", nn.BatchNorm2d), ("vit_b_16", nn.LayerNorm)])

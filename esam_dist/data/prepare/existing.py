@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from esam_dist.checksum import sha256
 from esam_dist.data.dataset import DESCRIPTION
 from esam_dist.data.decode import SUFFIXES
 from esam_dist.data.prepare.write import write_description
-from esam_dist.data.shards import ENTRY, Entries, ShardInfo, sha256, write_index
+from esam_dist.data.shards import ENTRY, Entries, ShardInfo, write_index
 from esam_dist.errors import UserError
 
 _REMEDY = "write the shard again"

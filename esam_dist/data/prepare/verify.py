@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from esam_dist.checksum import sha256
 from esam_dist.data.augment import centre_box
 from esam_dist.data.dataset import SampleError, Split, open_split, read_description
 from esam_dist.data.decode import ImageFile
-from esam_dist.data.shards import read_index, sha256
+from esam_dist.data.shards import read_index
 from esam_dist.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,87 @@
+"""One network, one batch and one step of it, for benchmarks/step_cost.py."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import defaultdict
+
+import torch
+
+from benchmarks.step_cost_modes import MODES, Model
+from esam_dist.clock import PhaseClock
+from esam_dist.data import Batch
+from esam_dist.engine.native import NativeEngine
+from esam_dist.esam import Memory, esam_step
+from esam_dist.models import Classifier, compile_network
+from esam_dist.randomness import seed_step
+from esam_dist.ranks import Ranks
+from esam_dist.score import watched_head
+
+
+class Bench:
+    """One network and its batch; `step` is what is measured."""
+
+    def __init__(self, model: Model, options: argparse.Namespace, batch_size: int, ranks: Ranks) -> None:
+        torch.manual_seed(0)
+        self._ranks = ranks
+        layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        network = model.build()
+        module = Classifier(network, options.precision, channels_last=options.channels_last).to(ranks.device)
+        watched_head(module)
+        if options.compile:
+            compile_network(network, by_block=options.compile == "blocks")
+        # At rate 0 every mode meets the same weights, and does the same work.
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+        self._engine = NativeEngine(module, optimizer, ranks)
+        images = torch.randn(batch_size, 3, model.pixels, model.pixels, device=ranks.device)
+        labels = torch.randint(model.num_classes, (batch_size,), device=ranks.device)
+        self._batch = Batch(images.contiguous(memory_format=layout), labels)
+        self._memory: dict[str, Memory] = defaultdict(Memory)
+
+    def step(self, mode: str, seed: int) -> None:
+        """One step, with all that it has set going."""
+        esam_step(
+            self._engine,
+            self._batch,
+            MODES[mode],
+            lr=0.0,
+            ranks=self._ranks,
+            seed=(seed,),
+            clock=PhaseClock(self._ranks.device),
+            memory=self._memory[mode.split(",", maxsplit=1)[0]],
+        )
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def count_buckets(self) -> list[int]:
+        """The sizes in bytes of the gradients that DDP averages from now on; it then averages nothing."""
+        sizes: list[int] = []
+
+        def count(_, bucket):  # DDP cannot read annotations that are text
+            sizes.append(bucket.buffer().nbytes)
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        assert self._engine._ddp is not None
+        self._engine._ddp.register_comm_hook(None, count)
+        return sizes
+
+    def forget(self, mode: str) -> None:
+        """Drop what the mode carries from step to step."""
+        self._memory.pop(mode.split(",", maxsplit=1)[0], None)
+
+
+def seeds(count: int) -> list[int]:
+    """Seeds whose first draw, the cut of a suffix, falls into each of `count` equal parts of [0, 1) once, shuffled:
+    so that few repetitions stand for all cuts.
+    """
+    found: dict[int, int] = {}
+    for seed in range(1000 * count):
+        found.setdefault(int(count * float(torch.rand((), generator=seed_step(seed)))), seed)
+        if len(found) == count:
+            break
+    chosen = list(found.values())
+    random.Random(0).shuffle(chosen)
+    return chosen

@@ -1,0 +1,57 @@
+"""torch.compile, so that a backward pass which stops early still does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch._dynamo
+from torch import nn
+
+Backend = str | Callable[..., Any]
+
+log = logging.getLogger(__name__)
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# A part is compiled for the batch, for scores without gradients, for the kept samples, and for validation.
+_COMPILATIONS = 8
+
+
+def compile_network(network: nn.Module, *, by_block: bool = False, backend: Backend = "inductor") -> None:
+    """Compile `network` in place: as a whole, or each of its blocks by itself.
+
+    The backward pass of what is compiled together is one piece, which computes the gradients of all its weights and of
+    its input, whichever of them are asked for. As a whole, an ascent over some of the weights (SWP) therefore costs
+    what one over all costs; by blocks, one that stops at a cut (`method.swp: suffix`) still leaves out every block
+    before the cut.
+    """
+    parts = blocks(network) if by_block else []
+    if by_block and not parts:
+        log.warning(
+            "train.compile: this network has no repeated blocks, so it is compiled as a whole, and the ascent costs "
+            "what it would without method.swp = suffix"
+        )
+    parts = parts or [network]
+    # Blocks of one class share their code, and torch bounds compilations by code: beyond, it would not compile at all.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _COMPILATIONS * len(parts))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
+    for part in parts:
+        part.compile(backend=backend)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The outermost members of `network`'s sequences with at least two layers: residual blocks, encoder layers."""
+    found: list[nn.Module] = []
+    _collect(network, found)
+    return found
+
+
+def _collect(module: nn.Module, found: list[nn.Module]) -> None:
+    for child in module.children():
+        member = isinstance(module, _CONTAINERS) and not isinstance(child, _CONTAINERS)
+        if member and sum(param.ndim > 1 for param in child.parameters()) > 1:
+            found.append(child)
+        else:
+            _collect(child, found)
