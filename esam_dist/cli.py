@@ -96,7 +96,8 @@ def _train(args: argparse.Namespace) -> int:
     folder = open_run_folder(cfg, ranks)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
     saved = _find_state(cfg, checkpoints, module) if ranks.is_first else None
-    with closing(_open_metrics(cfg, ranks, folder, saved, data)) as metrics, joined() as ranks:
+    limit = cfg.engine.collective_timeout_seconds
+    with closing(_open_metrics(cfg, ranks, folder, saved, data)) as metrics, joined(limit) as ranks:
         engine = build_engine(module, cfg, ranks)
         saved = ranks.share(saved)
         state, memory = TrainState(), Memory()
@@ -121,7 +122,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     state = read(path)
     _check_fits(path, state, cfg, module)
     module.load_state_dict(state["engine"]["model"])
-    with joined() as ranks:
+    with joined(cfg.engine.collective_timeout_seconds) as ranks:
         score = evaluate(module, validation, ranks)
     if ranks.is_first:
         print(

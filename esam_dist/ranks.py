@@ -107,10 +107,18 @@ class Ranks:
             torch._foreach_copy_(buffers, self.average(buffers))
 
 
+def limit_group(group: dist.ProcessGroup, timeout_seconds: float) -> None:
+    """Let collectives of `group`, which someone else made, fail after `timeout_seconds`."""
+    # public, and warning about the other name, only in recent versions
+    name = "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout"
+    getattr(dist.distributed_c10d, name)(timedelta(seconds=timeout_seconds), group)
+
+
 @contextmanager
-def joined(timeout_seconds: float = 1800.0) -> Iterator[Ranks]:
+def joined(timeout_seconds: float) -> Iterator[Ranks]:
     """Join the job that the environment describes, for the length of the block, and leave it in order.
 
+    Whoever waits longer than `timeout_seconds` for the others, here or in any collective of the block, fails.
     On an error the process group is not torn down: its peers may be waiting in a collective, and the launcher ends
     them sooner than an orderly farewell would.
     """

@@ -217,6 +217,11 @@ class Engine(Section):
     """DeepSpeed's ZeRO stage; at 3 all ranks share one perturbation (see docs/architecture.md)."""
     offload: bool = False
     """DeepSpeed keeps the optimizer's state and update on the CPU; needs `zero_stage` 1 or more."""
+    # 600 is torch's own for NCCL, and no longer than `metrics.stall_seconds`: ranks that lost a peer are to fail by
+    # themselves, with the reason in their log, before a probe ends them.
+    collective_timeout_seconds: Positive = 600.0
+    """A rank waits this long for the others, then fails: so a host that vanished is noticed. Longer than a checkpoint,
+    which rank 0 writes while the others wait, and than the largest lead of a rank in a validation."""
 
 
 class Checkpoint(Section):

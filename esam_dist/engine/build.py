@@ -28,7 +28,14 @@ def build_engine(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
             offload=cfg.engine.offload,
         )
         kind = Zero3Engine if cfg.engine.zero_stage == 3 else DeepSpeedEngine
-        return kind(module, optimizer, ranks, ds_config, fp16=cfg.train.precision == "fp16")
+        return kind(
+            module,
+            optimizer,
+            ranks,
+            ds_config,
+            timeout_seconds=cfg.engine.collective_timeout_seconds,
+            fp16=cfg.train.precision == "fp16",
+        )
     return NativeEngine(
         module,
         optimizer,

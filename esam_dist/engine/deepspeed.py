@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esam_dist.engine.state import initial_state, load_by_name, model_state, momentum_key, momentum_of, state_by_name
-from esam_dist.ranks import Ranks
+from esam_dist.ranks import Ranks, limit_group
 
 
 def deepspeed_config(
@@ -47,6 +48,7 @@ class DeepSpeedEngine:
         ranks: Ranks,
         ds_config: dict[str, Any],
         *,
+        timeout_seconds: float,
         fp16: bool = False,
     ) -> None:
         # Said beforehand, it is not guessed with a warning.
@@ -59,13 +61,18 @@ class DeepSpeedEngine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Finds the process group that is already there, and makes one for a process alone.
         deepspeed.init_distributed(
-            dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False, auto_mpi_discovery=False
+            dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            verbose=False,
+            auto_mpi_discovery=False,
         )
         self.module = module
         # ZeRO calls every optimizer but its own untested; our tests are what tests SGD and AdamW under it.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed averages over a copy of the process group, to which it gives torch's default timeout.
+        limit_group(self._ds.seq_data_parallel_group, timeout_seconds)
         self._stage = int(ds_config["zero_optimization"]["stage"])
         self._optimizer, self._ranks = optimizer, ranks
         self._loss_scale = LossScale() if fp16 else None

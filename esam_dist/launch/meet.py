@@ -5,6 +5,7 @@ They meet at the rendezvous port itself, which torchrun opens only afterwards: n
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -45,9 +46,14 @@ def compare(job: Job, facts: dict[str, str], seconds: float = SECONDS) -> None:
 
 
 def _leave(store: TCPStore, me: int, nodes: int) -> None:
-    # node 0 holds the store, so it goes last: the others must have read everything
+    # Node 0 holds the store and closes it when all have read everything. Until then nobody goes on: torchrun of a fast
+    # node would find this store in place of its own, and lose it when a slow one has left.
+    from torch.distributed import DistNetworkError
+
     if me:
         store.set(f"left/{me}", "")
+        with contextlib.suppress(DistNetworkError):  # closed
+            store.get("never set")
     else:
         for node in range(1, nodes):
             store.get(f"left/{node}")

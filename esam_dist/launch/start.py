@@ -22,6 +22,8 @@ from esam_dist.launch.follow import follow, sizes
 
 log = logging.getLogger("esam_dist")
 
+LOST = 1
+
 
 def run(args: argparse.Namespace) -> int:
     """Carry out `esam-dist launch`; returns the job's exit status (128 + signal where a signal ended it).
@@ -56,17 +58,31 @@ def start_torchrun(wanted: Job, words: list[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+
+    from esam_dist.launch import rendezvous
 
     os.environ.update(compose.SETTINGS)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(wanted.grace_seconds))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // wanted.ranks_per_node)))
-    arguments = words[words.index("torch.distributed.run") + 1 :]
+    arguments = torchrun.parse_args(words[words.index("torch.distributed.run") + 1 :])  # type: ignore[no-untyped-call]
+    if arguments.rdzv_backend == "c10d":
+        arguments.rdzv_backend = rendezvous.register()
     try:
-        torchrun.run(torchrun.parse_args(arguments))  # type: ignore[no-untyped-call]
+        torchrun.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         log.error("rank %d ended with exit status %d; its log says why", rank, failure.exitcode)
         return _status(failure.exitcode)
+    except RendezvousConnectionError as error:
+        log.error(
+            "this node lost the rendezvous at %s:%d (%s): its network, or node 0, is down; the other nodes go on where "
+            "the job is elastic. Start this command again to join them",
+            wanted.host,
+            wanted.port,
+            error,
+        )
+        return LOST
     except SignalException as error:
         return 128 + error.sigval
     return 0

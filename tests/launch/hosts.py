@@ -29,6 +29,8 @@ class Host:
     namespace: str
     address: str
     hosts_file: Path
+    switch: str
+    port: str
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, command, log, *, mounts="", env=None, cwd=None):
@@ -53,7 +55,7 @@ class Host:
         return [int(word) for word in found.stdout.split()]
 
     def crash(self):
-        """End everything on this host at once, as a power cut does to its peers."""
+        """End all processes of this host at once; its kernel still closes their connections, as no power cut does."""
         for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -61,20 +63,27 @@ class Host:
             process.wait(30)
         self.running.clear()
 
+    def cut_off(self):
+        """Let everything from and to this host vanish in the switch; its own link stays up, and nothing is told."""
+        ip("-n", self.switch, "link", "set", self.port, "nomaster")
+
+    def reconnect(self):
+        """End what `cut_off` began."""
+        ip("-n", self.switch, "link", "set", self.port, "master", "bridge")
+
     def run(self, *command):
         """Run a short command here and return what it prints."""
         inside = ["ip", "netns", "exec", self.namespace, *command]
         return subprocess.run(inside, check=True, capture_output=True, text=True, timeout=60).stdout
 
-    def slow_down(self, *rule):
-        """Treat what this host sends as `tc netem` says, such as delay 5ms loss 1%."""
-        try:
-            self.run(tool("tc"), "qdisc", "replace", "dev", "eth0", "root", "netem", *rule)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"this kernel cannot slow a network down (sch_netem): {error.stderr.strip()}")
+    def connect(self):
+        """Give the device eth0 of this host its address."""
+        ip("-n", self.namespace, "address", "add", f"{self.address}/24", "dev", "eth0")
+        ip("-n", self.namespace, "link", "set", "eth0", "up")
 
 
-def _ip(*words):
+def ip(*words):
+    """Run `ip` with these words."""
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)
 
 
@@ -87,12 +96,12 @@ def hosts(folder, names):
     made = []
     try:
         try:
-            _ip("netns", "add", switch)
+            ip("netns", "add", switch)
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespace can be made here: {error.stderr.strip()}")
         made.append(switch)
-        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", switch, "link", "set", "bridge", "up")
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        ip("-n", switch, "link", "set", "bridge", "up")
         hosts_file = folder / "hosts"
         addresses = {name: f"10.77.0.{number + 1}" for number, name in enumerate(names)}
         lines = [f"{address} {name} {name.partition('.')[0]}" for name, address in addresses.items()]
@@ -100,14 +109,13 @@ def hosts(folder, names):
         result = []
         for number, (name, address) in enumerate(addresses.items()):
             namespace = f"esam-{label}-{number}"
-            _ip("netns", "add", namespace)
+            ip("netns", "add", namespace)
             made.append(namespace)
-            _ip("-n", switch, "link", "add", f"port{number}", "type", "veth", "peer", "eth0", "netns", namespace)
-            _ip("-n", switch, "link", "set", f"port{number}", "master", "bridge", "up")
-            _ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
-            _ip("-n", namespace, "link", "set", "eth0", "up")
-            _ip("-n", namespace, "link", "set", "lo", "up")
-            result.append(Host(name.partition(".")[0], namespace, address, hosts_file))
+            ip("-n", switch, "link", "add", f"port{number}", "type", "veth", "peer", "eth0", "netns", namespace)
+            ip("-n", switch, "link", "set", f"port{number}", "master", "bridge", "up")
+            ip("-n", namespace, "link", "set", "lo", "up")
+            result.append(Host(name.partition(".")[0], namespace, address, hosts_file, switch, f"port{number}"))
+            result[-1].connect()
         try:
             yield result
         finally:
@@ -115,4 +123,4 @@ def hosts(folder, names):
                 host.crash()
     finally:
         for namespace in made:
-            _ip("netns", "delete", namespace)
+            ip("netns", "delete", namespace)

@@ -17,9 +17,12 @@ import torch.multiprocessing as mp
 
 
 class Cluster:
-    """`world_size` ranks. `run(function, *args)` returns `function(ranks, *args)` of each, in order."""
+    """`world_size` ranks, which wait `timeout_seconds` for each other in a collective.
 
-    def __init__(self, world_size: int) -> None:
+    `run(function, *args)` returns `function(ranks, *args)` of each, in order.
+    """
+
+    def __init__(self, world_size: int, timeout_seconds: float = 60.0) -> None:
         context = mp.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -27,7 +30,9 @@ class Cluster:
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, world_size, port, timeout_seconds), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -56,7 +61,7 @@ class Cluster:
             process.join(10)
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, timeout_seconds: float) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -68,7 +73,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)
     from esam_dist.ranks import joined
 
-    with joined(timeout_seconds=60.0) as ranks:
+    with joined(timeout_seconds) as ranks:
         while True:
             try:
                 function, args = pipe.recv()

@@ -130,6 +130,7 @@ def test_wrong_type_names_key_and_value(file, text, key):
         *("method.gamma=[[0, 1.0], [5, 0]]", "method.beta={from: 1, to: 0, epochs: 3}", "engine.name=fsdp"),
         *("engine.zero_stage=4", "checkpoint.keep=0", "checkpoint.every_steps=-1", "metrics.port=65536"),
         *("metrics.stall_seconds=-1", "metrics.progress=dots"),
+        *("engine.collective_timeout_seconds=0", "engine.collective_timeout_seconds=.inf"),
     ],
 )
 def test_value_out_of_range_is_refused_by_key(file, override):

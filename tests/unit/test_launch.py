@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,26 @@ def test_every_node_says_which_node_differs_and_how():
     }
     errors = meet_all({0: FACTS, 1: FACTS | {"torch": "2.14"}, 2: FACTS})
     assert errors[0] == "node 1 runs torch 2.14, node 0 runs 2.15; install the same on all nodes"
+
+
+def test_no_node_goes_on_while_the_store_of_the_comparison_is_open(monkeypatch):
+    leave, answered = meet._leave, {}
+
+    def leave_late(store, me, nodes):
+        time.sleep(1.5 * (me == 2))
+        leave(store, me, nodes)
+
+    def compare(wanted, *rest):
+        meet_as_before(wanted, *rest)
+        # torchrun would now look for its own store at this port
+        with socket.socket() as torchrun:
+            answered[wanted.node_rank] = torchrun.connect_ex((wanted.host, wanted.port)) == 0
+
+    meet_as_before = meet.compare
+    monkeypatch.setattr(meet, "_leave", leave_late)
+    monkeypatch.setattr(meet, "compare", compare)
+    assert meet_all(dict.fromkeys(range(3), FACTS)) == {}
+    assert answered == dict.fromkeys(range(3), False)
 
 
 def test_nodes_that_do_not_come_are_an_error_with_a_remedy():
