@@ -2,14 +2,17 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_cost.py --quick         # under three minutes on two cores
     python benchmarks/step_cost.py --models resnet50 --threads 2 --repetitions 8
+    python benchmarks/step_cost.py --models resnet50 --threads 2 --repetitions 8 --keep-memory --name cpu_kept_memory
     python benchmarks/step_cost.py --report                          # table and plot again, from the stored times
 
 All modes take turns within each repetition, in an order drawn anew, with SGD at both ends and after every fourth: a
 step's time counts only as a ratio to the mean of the steps of SGD before and after it. Times add to
 benchmarks/results/step_cost_times_<name>.csv as they are taken, so that a run may be stopped, and continued. On a CPU
 processor time (of all threads) is stored beside wall-clock time: where others use the machine too, it is what the step
-itself took; and the process keeps the memory it frees, as PyTorch does on a GPU. Counts do not depend on the machine's
-load, and are made once: `--repetitions 0` makes only them.
+itself took. Counts do not depend on the machine's load, and are made once: `--repetitions 0` makes only them.
+
+On a CPU, memory comes from glibc as every user of PyTorch gets it there: large tensors are fresh pages each time, a cost
+that SGD's one large pass feels most. `--keep-memory` keeps what is freed in the process, as PyTorch itself does on a GPU.
 """
 
 from __future__ import annotations
@@ -48,15 +51,10 @@ def measure_times(bench: Bench, modes: list[str], repetitions: int, first: int, 
 
 
 def keep_freed_memory() -> None:
-    """Let glibc give nothing back to the system (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD).
-
-    Else a step meets fresh pages or not, by what the mode before it has left: up to a quarter of a step's processor
-    time on ResNet-50.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, -1)
+    """Let glibc give nothing back to the system (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD)."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)
+    libc.mallopt(-1, -1)
 
 
 def with_sgd_between(modes: list[str]) -> list[str]:
@@ -68,7 +66,8 @@ def with_sgd_between(modes: list[str]) -> list[str]:
 def machine_of(options: argparse.Namespace, device: torch.device) -> str:
     """What the figures hold for, in a line."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    extras = ["channels_last"] if options.channels_last else []
+    extras = ["freed memory kept"] if options.keep_memory else []
+    extras += ["channels_last"] if options.channels_last else []
     extras += [f"compiled: {options.compile}"] if options.compile else []
     return ", ".join(
         [name, f"{torch.get_num_threads()} thread(s)", f"torch {torch.__version__}", options.precision, *extras]
@@ -87,6 +86,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", choices=["network", "blocks"], help="default: not at all")
+    parser.add_argument("--keep-memory", action="store_true", help="glibc keeps what is freed (Linux, CPU)")
     parser.add_argument("--name", help="of the results; default: the device")
     parser.add_argument("--quick", action="store_true", help="cifar_resnet18, a batch of 4, 3 repetitions; name quick")
     parser.add_argument("--report", action="store_true", help="measure nothing")
@@ -96,7 +96,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, name = torch.device(options.device), options.name or ("quick" if options.quick else options.device)
-    if device.type == "cpu":
+    if options.keep_memory:
         keep_freed_memory()
     RESULTS.mkdir(exist_ok=True)
     for model_name in [] if options.report else options.models:
@@ -108,7 +108,9 @@ def measure(model_name: str, options: argparse.Namespace, device: torch.device, 
     """Time, then count what has not been counted before."""
     model, modes = MODELS[model_name], ["sgd", *(mode for mode in options.modes if mode != "sgd")]
     bench = Bench(model, options, options.batch_size or model.batch_size, Ranks(device=device))
-    bench.step("sgd", 0)  # momentum, and what libraries set up once
+    # Momentum, and what libraries set up once; compiled, every mode meets shapes and draws of its own.
+    for mode in modes if options.compile else ["sgd"]:
+        bench.step(mode, 0)
     times = RESULTS / f"step_cost_times_{name}.csv"
     first = 1 + max((int(row["repetition"]) for row in read(times) if row["model"] == model_name), default=-1)
     measure_times(bench, modes, options.repetitions, first, times, model_name)

@@ -1,6 +1,6 @@
 """`python -m esam_dist`: the same commands as `esam-dist`, and what torchrun and deepspeed start on every rank."""
 
-from esam_dist.cli import main
+from esam_dist.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

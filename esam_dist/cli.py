@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 
@@ -31,6 +33,23 @@ from esam_dist.train import TrainState, final_step, train
 
 USER_ERROR = 2
 STOPPED = 128 + signal.SIGTERM
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own, which ends without taking the interpreter apart.
+
+    A thread of gloo may let go of a tensor a moment after its process group is gone. If CPython is finalising then, C++
+    calls `terminate`, and a rank whose work is done fails its job. Exit functions still run; output is written.
+    """
+    status: object = 0
+    try:
+        main()
+    except SystemExit as ended:
+        status = ended.code
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Which samples are kept: exact counts on every input, against a plain Python sort, and the bound of `thresholds`."""
+"""Which samples are kept: exact counts on every input, against a plain Python sort."""
 
 from __future__ import annotations
 
@@ -6,58 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esam_dist import selection
-
-LIMIT = torch.finfo(torch.float32).max
-ANY = st.floats(width=32, allow_nan=True, allow_infinity=True)
-TIED = st.sampled_from([0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf])
-FRACTIONS = st.floats(0.0, 1.0)
-
-# No deadline: on a busy machine any torch call may take longer than hypothesis allows.
-some = settings(deadline=None)
-many = settings(deadline=None, max_examples=300)
-
-
-@st.composite
-def tables(draw: st.DrawFn, max_ranks: int = 9) -> Tensor:
-    """Scores [W, B] of any kind: distinct, tied, not finite, or all of one value."""
-    W, B = draw(st.integers(1, max_ranks)), draw(st.integers(1, 24))
-    element = draw(st.sampled_from([ANY, TIED, st.just(draw(TIED)), st.floats(-1.0, 1.0, width=32)]))
-    return torch.tensor(draw(st.lists(element, min_size=W * B, max_size=W * B)), dtype=torch.float32).view(W, B)
-
-
-def capacities(max_capacity: int = 30) -> st.SearchStrategy[int | None]:
-    return st.none() | st.integers(1, max_capacity)
-
-
-def ordered(score: float) -> float:
-    """A score as selection orders it: NaN below all, infinities at the ends of what a float32 holds."""
-    return -math.inf if math.isnan(score) else min(max(score, -LIMIT), LIMIT)
-
-
-def reference(scores_WB: Tensor, fraction: float, capacity: int | None) -> list[list[bool]]:
-    """The rule in plain Python: every rank's best, then one sort over what ranks have room for."""
-    table = [[ordered(score) for score in row] for row in scores_WB.tolist()]
-    W, B = len(table), len(table[0])
-    limit = B if capacity is None else min(B, capacity)
-    total = min(W * limit, max(W, math.floor(fraction * W * B + 0.5)))
-    rankings = [sorted(range(B), key=lambda sample, row=row: (-row[sample], sample))[:limit] for row in table]
-    kept = [[sample == ranking[0] for sample in range(B)] for ranking in rankings]
-    rest = [
-        (-table[rank][sample], place, rank, sample)
-        for rank, ranking in enumerate(rankings)
-        for place, sample in enumerate(ranking)
-        if place > 0
-    ]
-    for _, _, rank, sample in sorted(rest)[: total - W]:
-        kept[rank][sample] = True
-    return kept
-
+from tests.scores import FRACTIONS, above_threshold, capacities, ordered, reference, some, tables
 
 # select: the exact choice
 
@@ -203,117 +158,7 @@ def test_a_capacity_below_one_is_refused() -> None:
             refused()
 
 
-# thresholds: the choice by quantiles
-
-
-def above_threshold(scores_WB: Tensor, fraction: float, num_quantiles: int, capacity: int | None) -> Tensor:
-    """What all ranks keep together, as they would find it: bool [W, B]."""
-    gathered_WQ = torch.stack([selection.quantiles(row, num_quantiles, capacity) for row in scores_WB])
-    threshold = selection.shared_threshold(gathered_WQ, fraction, scores_WB.shape[1], capacity)
-    return torch.stack([selection.select_above(row, threshold, capacity) for row in scores_WB])
-
-
-def bound(W: int, B: int, num_quantiles: int, capacity: int | None, jump: int) -> int:
-    """The docstring's: (W * (g - 1) + j) / 2, with j = `jump` * g."""
-    limit = B if capacity is None else min(B, capacity)
-    gap = math.ceil(limit / (num_quantiles + 1))
-    return (W * (gap - 1) + jump * gap) // 2
-
-
-@many
-@given(tables(), FRACTIONS, st.integers(1, 30), capacities())
-def test_thresholds_keep_what_they_should_to_within_the_bound(
-    scores_WB: Tensor, fraction: float, num_quantiles: int, capacity: int | None
-) -> None:
-    W, B = scores_WB.shape
-    limit = B if capacity is None else min(B, capacity)
-    kept_WB = above_threshold(scores_WB, fraction, num_quantiles, capacity)
-    assert int(kept_WB.sum(1).min()) >= 1
-    assert int(kept_WB.sum(1).max()) <= limit
-    error = abs(int(kept_WB.sum()) - selection.num_kept(fraction, W * B, at_least=W, at_most=W * limit))
-    assert error <= bound(W, B, num_quantiles, capacity, jump=W) < W * math.ceil(limit / (num_quantiles + 1))
-
-
-@many
-@given(st.integers(1, 12), st.integers(1, 40), FRACTIONS, st.integers(1, 40), capacities(50), st.integers(0, 999))
-def test_thresholds_meet_the_tighter_bound_where_no_scores_are_equal(
-    W: int, B: int, fraction: float, num_quantiles: int, capacity: int | None, seed: int
-) -> None:
-    scores_WB = torch.randperm(W * B, generator=torch.Generator().manual_seed(seed)).float().view(W, B)
-    kept_WB = above_threshold(scores_WB, fraction, num_quantiles, capacity)
-    error = abs(int(kept_WB.sum()) - int(selection.select(scores_WB, fraction, capacity).sum()))
-    assert error <= bound(W, B, num_quantiles, capacity, jump=1)
-
-
-@some
-@given(st.integers(1, 12), st.integers(1, 24), FRACTIONS, capacities(), st.integers(0, 99), st.integers(0, 999))
-def test_thresholds_are_exact_with_a_quantile_for_every_sample(
-    W: int, B: int, fraction: float, capacity: int | None, more: int, seed: int
-) -> None:
-    scores_WB = torch.randperm(W * B, generator=torch.Generator().manual_seed(seed)).float().view(W, B)
-    num_quantiles = max(1, (B if capacity is None else min(B, capacity)) - 1) + more
-    kept_WB = above_threshold(scores_WB, fraction, num_quantiles, capacity)
-    assert torch.equal(kept_WB, selection.select(scores_WB, fraction, capacity))
-
-
-@some
-@given(tables(max_ranks=1), FRACTIONS, capacities())
-def test_one_rank_with_all_its_quantiles_is_exact_on_any_scores(
-    scores_WB: Tensor, fraction: float, capacity: int | None
-) -> None:
-    kept_WB = above_threshold(scores_WB, fraction, scores_WB.shape[1], capacity)
-    assert kept_WB.tolist() == reference(scores_WB, fraction, capacity)
-
-
-def adversaries(W: int, B: int, num_quantiles: int) -> dict[str, Tensor]:
-    """Tables on which a threshold does badly: blocks out of step, all ranks alike, one rank with everything."""
-    falling_B = -torch.arange(B, dtype=torch.float32)
-    block = math.ceil(B / (num_quantiles + 1))
-    return {
-        "all ranks alike": falling_B.repeat(W, 1),
-        "all zero": torch.zeros(W, B),
-        "all nan": torch.full((W, B), math.nan),
-        "half zero": falling_B.clamp(min=-B // 2).repeat(W, 1),
-        "one rank high": falling_B.repeat(W, 1) + 1e4 * (torch.arange(W) == W - 1).unsqueeze(1),
-        "just below the middle": falling_B.repeat(W, 1).where(torch.arange(B) % block < block // 2, -1e4),
-        "disjoint ranks": falling_B - 1e3 * torch.arange(W).unsqueeze(1),
-        "one finite": torch.full((W, B), -math.inf).index_fill(1, torch.tensor([B - 1]), 1.0),
-    }
-
-
-@pytest.mark.parametrize("name", list(adversaries(1, 9, 4)))
-@pytest.mark.parametrize("capacity", [None, 24])
-def test_thresholds_meet_the_bound_on_adversarial_scores(name: str, capacity: int | None) -> None:
-    W, B, num_quantiles = 8, 64, 8
-    scores_WB = adversaries(W, B, num_quantiles)[name]
-    for wanted in range(0, W * B + 1, 5):
-        kept_WB = above_threshold(scores_WB, wanted / (W * B), num_quantiles, capacity)
-        exact = int(selection.select(scores_WB, wanted / (W * B), capacity).sum())
-        assert abs(int(kept_WB.sum()) - exact) <= bound(W, B, num_quantiles, capacity, jump=W)
-
-
-def test_the_bound_is_all_but_reached() -> None:
-    """Every rank's scores break off at its first quantile: half a gap counts that is not there."""
-    W, B, num_quantiles = 4, 40, 4
-    scores_WB = -torch.arange(W * B, dtype=torch.float32).view(B, W).T
-    scores_WB[:, 9:] -= 1e4
-    worst = max(
-        abs(int(above_threshold(scores_WB, wanted / (W * B), num_quantiles, None).sum()) - wanted)
-        for wanted in range(W, W * B + 1)
-    )
-    assert bound(W, B, num_quantiles, None, jump=1) == 18
-    assert worst >= 14
-
-
-def test_the_lowest_quantile_can_be_the_threshold() -> None:
-    """One rank of 40, quantiles at places 8, 16, 24, 32: for 34 samples the last of them serves better than all."""
-    assert int(above_threshold(torch.randn(1, 40), 34 / 40, 4, None).sum()) == 33
-    assert int(above_threshold(torch.randn(1, 40), 1.0, 4, None).sum()) == 40
-
-
-def test_quantiles_take_the_same_bytes_whatever_the_batch() -> None:
-    for B in (1, 2, 7, 1000):
-        assert selection.quantiles(torch.randn(B), 16, capacity=5).shape == (16,)
+# on the device
 
 
 def test_nothing_asks_the_device_for_a_number() -> None:
