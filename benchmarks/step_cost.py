@@ -5,7 +5,7 @@
     python benchmarks/step_cost.py --models resnet50 --threads 2 --repetitions 8 --keep-memory --name cpu_kept_memory
     python benchmarks/step_cost.py --report                          # table and plot again, from the stored times
 
-All modes take turns within each repetition, in an order drawn anew, with SGD at both ends and after every fourth: a
+All modes take turns within each repetition, in an order drawn anew, with SGD at both ends and after every second: a
 step's time counts only as a ratio to the mean of the steps of SGD before and after it. Times add to
 benchmarks/results/step_cost_times_<name>.csv as they are taken, so that a run may be stopped, and continued. On a CPU
 processor time (of all threads) is stored beside wall-clock time: where others use the machine too, it is what the step
@@ -58,8 +58,8 @@ def keep_freed_memory() -> None:
 
 
 def with_sgd_between(modes: list[str]) -> list[str]:
-    """SGD first, after every fourth of `modes`, and last."""
-    parts = [modes[start : start + 4] for start in range(0, len(modes), 4)]
+    """SGD first, after every second of `modes`, and last."""
+    parts = [modes[start : start + 2] for start in range(0, len(modes), 2)]
     return ["sgd", *(mode for part in parts for mode in (*part, "sgd"))]
 
 
