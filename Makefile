@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check test-slow bench readme clean
+.PHONY: train test check test-slow bench bench-full readme clean
 
 # ESAM on handwritten digits, on two ranks: continues where it was stopped; `rm -r runs/digits_esam` starts anew.
 train: .venv/installed data/digits/dataset.json
@@ -23,6 +23,10 @@ test-slow: .venv/installed
 
 bench: .venv/installed data/digits/dataset.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+# Hours, for a machine that nobody else uses: every mode on every network, on all cores.
+bench-full: .venv/installed data/digits/dataset.json
+	$(BIN)/python -m benchmarks --full
 
 # The tables of config keys and of costs.
 readme: .venv/installed

@@ -1,12 +1,17 @@
-"""`make bench`: the short form of every benchmark, one after the other; each one's docstring tells its long form."""
+"""`make bench`: every benchmark, one after the other, in its short form; each one's docstring tells more.
+
+    python -m benchmarks           # some ten minutes on two cores
+    python -m benchmarks --full    # every mode on all three networks: two hours, on a machine that nobody else uses
+"""
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
-SHORT = {
-    "what a step costs": ["benchmarks.step_cost", "--quick"],
+STEP_COST = ["benchmarks.step_cost"]
+OTHERS = {
     "how fast images become batches": ["benchmarks.data"],
     "how well the windowed order shuffles": ["benchmarks.data_shuffle"],
     "what it costs to choose among all ranks": ["benchmarks.coordination"],
@@ -15,7 +20,10 @@ SHORT = {
 
 def main() -> None:
     """Run all, and fail with the first that fails."""
-    for title, command in SHORT.items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="every network in benchmarks.step_cost, and more steps")
+    step_cost = STEP_COST if parser.parse_args().full else [*STEP_COST, "--quick"]
+    for title, command in {"what a step costs": step_cost, **OTHERS}.items():
         print(f"\n== {title}: python -m {' '.join(command)}\n", flush=True)
         subprocess.run([sys.executable, "-m", *command], check=True)
 

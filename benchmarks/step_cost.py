@@ -11,8 +11,8 @@ benchmarks/results/step_cost_times_<name>.csv as they are taken, so that a run m
 processor time (of all threads) is stored beside wall-clock time: where others use the machine too, it is what the step
 itself took. Counts do not depend on the machine's load, and are made once: `--repetitions 0` makes only them.
 
-On a CPU, memory comes from glibc as every user of PyTorch gets it there: large tensors are fresh pages each time, a cost
-that SGD's one large pass feels most. `--keep-memory` keeps what is freed in the process, as PyTorch itself does on a GPU.
+On a CPU, memory comes from glibc as every user of PyTorch gets it there: large tensors are fresh pages each time, and
+SGD's one large pass feels that most. `--keep-memory` keeps in the process what is freed, as PyTorch does on a GPU.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ class Ascent(NamedTuple):
     eps: Perturbation
     recycled: list[Tensor]
     """The gradient at w that `descent: recycled` mixes in, on the parameters of `eps`; empty: none."""
+    recycled_share: float
+    """Its weight: `1 - gamma`, or what share of the samples it is the mean of."""
     coordination: Coordination | None
     """Under way where the scores are known without the perturbed weights."""
 
@@ -43,9 +45,17 @@ def ascend(engine: Engine, batch: Batch, rule: Rule, generator: torch.Generator,
     logits_BK, score_B = early_scores(engine, batch, rule, generator, engine.module)
     under_way = None if score_B is None else Coordination(score_B, rule, ranks)
     loss_B = per_sample_loss(logits_BK, batch.labels, rule)
-    grads = torch.autograd.grad(engine.scale(loss_B.mean()), drawn.params, allow_unused=True)
-    eps = _perturbation(drawn, grads, rule, generator)
-    return Ascent(loss_B.detach(), eps, [] if exact else eps.directions, under_way)
+    grads: tuple[Tensor | None, ...] = ()
+    if drawn.params:
+        # LookSAM's flat part is a list over all parameters, whichever a pass uses.
+        grads = torch.autograd.grad(
+            engine.scale(loss_B.mean()),
+            drawn.params,
+            allow_unused=True,
+            materialize_grads=rule.descent == "looksam",
+        )
+    eps = _perturbation(drawn, grads, rule, generator, loss_B.device)
+    return Ascent(loss_B.detach(), eps, [] if exact else eps.directions, 1.0 - rule.gamma, under_way)
 
 
 def early_scores(
@@ -90,20 +100,27 @@ def _ascend_in_parts(
     for index, frozen in ((rest, False), (index_D, True)):
         with frozen_batchnorm(engine.module) if frozen else nullcontext():
             loss = per_sample_loss(engine.module(batch.images[index]), batch.labels[index], rule)
-        parts.append(list(torch.autograd.grad(engine.scale(loss.mean()), params)))
+        grads = torch.autograd.grad(engine.scale(loss.mean()), params, allow_unused=True, materialize_grads=True)
+        parts.append(perturb.owned(grads))
         losses.append(loss.detach())
     loss_B = torch.cat(losses)[torch.cat([rest, index_D]).argsort()]
     share = len(index_D) / len(loss_B)
     whole = list(torch._foreach_lerp(parts[0], parts[1], share))
     perturb.clear(parts[0])
-    return Ascent(loss_B, perturb.along(params, whole, rule.radius), parts[0], coordination)
+    return Ascent(loss_B, perturb.along(params, whole, rule.radius), parts[0], 1.0 - share, coordination)
 
 
 def _perturbation(
-    drawn: swp.Draw, grads: tuple[Tensor | None, ...], rule: Rule, generator: torch.Generator
+    drawn: swp.Draw,
+    grads: tuple[Tensor | None, ...],
+    rule: Rule,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> Perturbation:
     used = [(param, grad) for param, grad in zip(drawn.params, grads, strict=True) if grad is not None]
-    params, directions = [param for param, _ in used], [grad for _, grad in used]
+    if not used:
+        return perturb.none(device)
+    params, directions = [param for param, _ in used], perturb.owned([grad for _, grad in used])
     if drawn.factors is not None:
         factors = [f for f, grad in zip(drawn.factors, grads, strict=True) if grad is not None]
         torch._foreach_mul_(directions, factors)

@@ -29,6 +29,7 @@ from esam_dist.models import Classifier, build_model, compile_network
 from esam_dist.ranks import Ranks, joined
 from esam_dist.run_folder import open_run_folder
 from esam_dist.score import watched_head
+from esam_dist.swp import has_norms
 from esam_dist.train import TrainState, final_step, train
 
 USER_ERROR = 2
@@ -179,6 +180,11 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
     device = Ranks.from_environment().device
     network = build_model(cfg.model.name, num_classes)
     classifier = Classifier(network, cfg.train.precision, channels_last=cfg.train.channels_last).to(device)
+    if cfg.method.name == "esam" and cfg.method.swp == "norm" and not has_norms(classifier):
+        raise UserError(
+            f"method.swp = norm perturbs normalisation layers, and model.name = {cfg.model.name} has none; "
+            "use method.swp = tensor"
+        )
     if cfg.method.name == "esam" and cfg.method.score == "head":
         watched_head(classifier)
     if cfg.train.compile:

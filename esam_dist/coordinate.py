@@ -20,7 +20,7 @@ class Kept(NamedTuple):
     """The samples of this rank's batch that the descent uses."""
 
     index_D: Tensor | slice
-    """Positions in the batch, ascending where the count is exact."""
+    """Positions in the batch, ascending; behind them, as padding that counts for nothing, the same again."""
     mean_over_ranks: Callable[[Tensor], Tensor]
     """From each one's loss [D] to a scalar which, averaged over ranks, is the mean over all ranks' kept samples."""
     num_kept: Tensor
@@ -56,8 +56,7 @@ class Coordination:
 
     def split(self) -> tuple[Tensor, Tensor]:
         """A selection within the rank as two lists of positions: those kept, and the rest."""
-        kept_B = selection.select(self._score_B.unsqueeze(0), self._rule.gamma)[0]
-        order_B = kept_B.byte().argsort(descending=True, stable=True)
+        order_B = _kept_first(selection.select(self._score_B.unsqueeze(0), self._rule.gamma)[0])
         return order_B[: self.num_within_rank], order_B[self.num_within_rank :]
 
     @property
@@ -75,8 +74,8 @@ class Coordination:
 
     def _within_rank(self) -> Kept:
         kept_B = selection.select(self._score_B.unsqueeze(0), self._rule.gamma)[0]
-        # A count known beforehand needs no word from the device.
-        index_D = _first(kept_B, self.num_within_rank)
+        # A count known beforehand needs no word from the device; a sample that is alone goes twice, with the same mean.
+        index_D = _filled(kept_B, max(self.num_within_rank, self._smallest))
         num_kept = torch.full_like(self._score_B[0], self.num_within_rank)
         return Kept(index_D, Tensor.mean, num_kept, selection.threshold(self._score_B, kept_B))
 
@@ -97,17 +96,30 @@ class Coordination:
         return self._kept(kept_B, total.wait, threshold)
 
     def _kept(self, kept_B: Tensor, total: Callable[[], Tensor | int], threshold: Tensor) -> Kept:
-        W, num_kept = self._ranks.world_size, kept_B.sum().float()
-        if self._capacity is None:
-            # The one place of a step where the host waits for the device: the batch's size is the answer.
-            index_D = kept_B.nonzero().squeeze(1)
-            return Kept(index_D, lambda loss_D: loss_D.sum() * W / total(), num_kept, threshold)
-        # Always `capacity` samples, those not kept with weight 0: no shape depends on the scores. BatchNorm sees them.
-        index_D = _first(kept_B, self._capacity)
-        counts_D = kept_B[index_D]
-        return Kept(index_D, lambda loss_D: torch.where(counts_D, loss_D, 0.0).sum() * W / total(), num_kept, threshold)
+        W, num_kept = self._ranks.world_size, kept_B.sum()
+        # Without a capacity the batch's size is the count: the one place of a step where the host waits for the device.
+        size = int(num_kept) if self._capacity is None else self._capacity
+        index_D = _filled(kept_B, max(size, self._smallest))
+        counts_D = torch.arange(len(index_D), device=kept_B.device) < num_kept
+        return Kept(
+            index_D, lambda loss_D: torch.where(counts_D, loss_D, 0.0).sum() * W / total(), num_kept.float(), threshold
+        )
+
+    @property
+    def _smallest(self) -> int:
+        """BatchNorm refuses a batch of one where its maps are a single pixel."""
+        return min(2, len(self._score_B))
 
 
-def _first(kept_B: Tensor, count: int) -> Tensor:
-    """The positions of `count` samples, the kept ones first, in ascending order each."""
-    return kept_B.byte().argsort(descending=True, stable=True)[:count]
+def _kept_first(kept_B: Tensor) -> Tensor:
+    """All positions, those of the kept samples first, in ascending order each."""
+    return kept_B.byte().argsort(descending=True, stable=True)
+
+
+def _filled(kept_B: Tensor, size: int) -> Tensor:
+    """`size` positions: those of the kept samples, and again from the first.
+
+    So padding brings BatchNorm no other samples than those kept, and no number that is not finite.
+    """
+    place = torch.arange(size, device=kept_B.device)
+    return _kept_first(kept_B)[place % kept_B.sum()]

@@ -83,7 +83,8 @@ def esam_step(
     loss_B = ascent.loss_B
     clock.end("ascent")
     if rule.reuses and memory.flat is not None:
-        clean = _unscaled(engine, ascent.eps)
+        # What is not finite has to show: float16's scaler skips the update, and else the run stops.
+        clean = _unscale(engine, ascent.eps.directions, torch.where(ascent.eps.finite, 1.0, torch.nan))
         _average(engine, ascent.eps, descent.with_flat_part(clean, memory.flat, rule.alpha))
         kept, rise = keep_all(loss_B), torch.full_like(loss_B, torch.nan)
     else:
@@ -135,9 +136,11 @@ def _descend(
     images, labels = batch.images[kept.index_D], batch.labels[kept.index_D]
     if rule.descent in ("gsam", "looksam"):
         loss_D = per_sample_loss(engine.module(images), labels, rule)
-        grads = torch.autograd.grad(engine.scale(loss_D.mean()), ascent.eps.params)
+        grads = torch.autograd.grad(
+            engine.scale(loss_D.mean()), ascent.eps.params, allow_unused=True, materialize_grads=True
+        )
         sharp = _unscale(engine, list(grads), None)
-        clean = _unscaled(engine, ascent.eps)
+        clean = _unscale(engine, ascent.eps.directions, ascent.eps.finite.float())
         if rule.descent == "looksam":
             flat = descent.flat_part(clean, sharp)
             # An overflow in float16 costs one update, not all until the next perturbation.
@@ -151,7 +154,7 @@ def _descend(
     loss = kept.mean_over_ranks(loss_D)
     if rule.descent != "kept" and ascent.recycled:
         # Where the ascent gradient was not finite there is nothing to recycle.
-        share = ascent.eps.finite.to(loss.dtype) * (1.0 - rule.gamma)
+        share = ascent.eps.finite.to(loss.dtype) * ascent.recycled_share
         recycled = descent.inject(ascent.eps.params, ascent.recycled) / engine.scale(torch.ones_like(share))
         loss = (1.0 - share) * loss + share * recycled
     engine.backward(loss)
@@ -191,11 +194,6 @@ def _along_momentum(engine: Engine, rule: Rule) -> Perturbation:
 def _average(engine: Engine, eps: Perturbation, grads: list[Tensor]) -> None:
     """Let the engine average gradients that were computed locally."""
     engine.backward(engine(lambda: descent.inject(eps.params, grads)))
-
-
-def _unscaled(engine: Engine, eps: Perturbation) -> list[Tensor]:
-    """The ascent gradient as it was; zero where it was not finite."""
-    return _unscale(engine, eps.directions, eps.finite.float())
 
 
 def _unscale(engine: Engine, grads: list[Tensor], factor: Tensor | None) -> list[Tensor]:

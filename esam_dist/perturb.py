@@ -6,7 +6,7 @@ Equation numbers are those of the SAM paper (Foret et al. 2021, arXiv 2010.01412
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -32,6 +32,25 @@ def radius(rho: float, beta: float, scale: str) -> float:
     divides the kept components by beta. `released`: rho / beta, as the authors' code has it.
     """
     return rho / {"none": 1.0, "paper": math.sqrt(beta), "released": beta}[scale]
+
+
+def none(device: torch.device) -> Perturbation:
+    """No perturbation, where none of the drawn weights had a part in the pass."""
+    return Perturbation([], [], torch.zeros((), device=device), torch.ones((), dtype=torch.bool, device=device))
+
+
+def owned(grads: Sequence[Tensor]) -> list[Tensor]:
+    """`grads`, each in memory of its own, to be written to.
+
+    Autograd gives one tensor to two weights that are added, and one number, expanded, to weights that are summed.
+    """
+    taken: set[int] = set()
+    own = []
+    for grad in grads:
+        shares = grad.data_ptr() in taken or 0 in grad.stride()
+        own.append(grad.clone(memory_format=torch.contiguous_format) if shares else grad)
+        taken.add(grad.data_ptr())
+    return own
 
 
 def along(params: list[nn.Parameter], directions: list[Tensor], norm: float) -> Perturbation:
@@ -75,6 +94,9 @@ def perturbed(perturbation: Perturbation, *, keep_directions: bool = False) -> I
     flat buffers and CUDA graphs stay valid.
     """
     params, directions, scale, _ = perturbation
+    if not params:
+        yield
+        return
     weights = [param.detach() for param in params]
     moved = list(torch._foreach_mul(directions, scale))
     torch._foreach_add_(moved, weights)

@@ -25,7 +25,11 @@ class Engine(Protocol):
         """
 
     def scale(self, loss: Tensor) -> Tensor:
-        """`loss` times the factor that keeps float16 gradients from vanishing; in other types, `loss`."""
+        """`loss` times the factor that keeps float16 gradients from vanishing; in other types, `loss`.
+
+        It is the factor of `backward`, the share of a micro-batch in its update included: a gradient taken without the
+        engine overflows where one taken by it would, and not long before.
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of the scalar `loss` to the update under way."""

@@ -85,7 +85,9 @@ class DeepSpeedEngine:
 
     def scale(self, loss: Tensor) -> Tensor:
         """See `Engine`."""
-        return loss if self._loss_scale is None else loss * self._loss_scale.value
+        if self._loss_scale is None:
+            return loss
+        return loss * (self._loss_scale.value / self._ds.gradient_accumulation_steps())
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""

@@ -56,11 +56,11 @@ class NativeEngine:
 
     def scale(self, loss: Tensor) -> Tensor:
         """See `Engine`."""
-        return self._scaler.scale(loss)
+        return self._scaler.scale(loss / self._accumulate) if self._scaler.is_enabled() else loss
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
-        self.scale(loss / self._accumulate).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss / self._accumulate).backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> Tensor:
         """See `Engine`."""

@@ -51,6 +51,12 @@ def test_damaged_description(start, data):
     assert_refused(start(f"data.path={data}"), "data.path", "damaged")
 
 
+def test_only_norms_of_a_network_without_any(start):
+    assert_refused(
+        start("method.swp=norm", "model.name=alexnet"), "method.swp = norm", "alexnet", "method.swp = tensor"
+    )
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_empty_shard(start, data, split):
     (data / split / "shard-000000.tar").write_bytes(b"")

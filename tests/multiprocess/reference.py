@@ -85,11 +85,9 @@ class Simulation:
             at = {name: value + rank["eps"].get(name, 0.0) for name, value in self.weights.items()}
             torch.set_rng_state(rank["rng_after"])
             at = {name: value.detach().requires_grad_() for name, value in at.items()}
-            # A capacity fills the batch with samples of weight 0, which BatchNorm sees.
-            padding = [i for i in range(len(labels)) if i not in index][
-                : max(0, self.capacity(rule, len(labels)) - len(index))
-            ]
-            both = index + padding
+            # A capacity fills the batch with the kept samples again, at weight 0; a sample alone goes twice.
+            size = max(len(index), self.capacity(rule, len(labels)), min(2, len(labels)))
+            both = [index[place % len(index)] for place in range(size)]
             loss = self.losses(at, rank["buffers_before"] | {}, images[both], labels[both], rule)[: len(index)].sum()
             grads = dict(zip(at, torch.autograd.grad(loss, list(at.values())), strict=True))
             clean, size = rank["clean"], len(index)
@@ -110,6 +108,8 @@ class Simulation:
                 continue
             for name in total:
                 share = rule.gamma if rule.descent.startswith("recycled") else 1.0
+                if rule.descent == "recycled_exact":
+                    share = len(index) / len(labels)
                 total[name] += share * grads[name] / num_kept
                 if rule.descent.startswith("recycled"):
                     total[name] += (1.0 - share) * rank["recycled"][name] / W
