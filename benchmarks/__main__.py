@@ -1,7 +1,7 @@
 """`make bench`: every benchmark, one after the other, in its short form; each one's docstring tells more.
 
-    python -m benchmarks           # some ten minutes on two cores
-    python -m benchmarks --full    # every mode on all three networks: two hours, on a machine that nobody else uses
+python -m benchmarks           # some ten minutes on two cores
+python -m benchmarks --full    # every mode on all three networks: two hours, on a machine that nobody else uses
 """
 
 from __future__ import annotations

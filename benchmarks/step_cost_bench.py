@@ -39,8 +39,8 @@ class Bench:
         self._batch = Batch(images.contiguous(memory_format=layout), labels)
         self._memory: dict[str, Memory] = defaultdict(Memory)
 
-    def step(self, mode: str, seed: int) -> None:
-        """One step, with all that it has set going."""
+    def step(self, mode: str, seed: int, clock: PhaseClock | None = None) -> None:
+        """One step, with all that it has set going; `clock` is told of its phases."""
         esam_step(
             self._engine,
             self._batch,
@@ -48,7 +48,7 @@ class Bench:
             lr=0.0,
             ranks=self._ranks,
             seed=(seed,),
-            clock=PhaseClock(self._ranks.device),
+            clock=clock or PhaseClock(self._ranks.device),
             memory=self._memory[mode.split(",", maxsplit=1)[0]],
         )
         if self._ranks.device.type == "cuda":
