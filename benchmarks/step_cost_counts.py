@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flop_counter import flop_counter
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.step_cost_bench import Bench, seeds
 from benchmarks.step_cost_modes import MODES, Model
@@ -54,7 +54,7 @@ def count_flops(model: Model, options: argparse.Namespace, device: torch.device,
         draws = seeds(2 if options.quick else 8) if MODES[mode].beta < 1.0 and MODES[mode].swp != "element" else [0]
         if mode == "looksam, step between":
             bench.step("looksam, perturbed step", 0)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             for seed in draws:
                 bench.step(mode, seed)
         flops[mode] = counter.get_total_flops() / (8 * len(draws))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flop_counter import flop_counter
 from esam_dist import swp
 from esam_dist.clock import PhaseClock
 from esam_dist.coordinate import Coordination
@@ -31,7 +31,7 @@ def counted(cost: Cost, rule: Rule, memory: Memory | None = None, seed: int = 0)
     optimizer = torch.optim.SGD(cost.network.parameters(), lr=0.0, momentum=0.9)
     engine = NativeEngine(cost.network, optimizer, Ranks())
     batch = Batch(torch.randn(B, 3, SIZE, SIZE), torch.randint(K, (B,)))
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         stats = esam_step(
             engine,
             batch,
