@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_cost.py --quick         # under three minutes on two cores
     python benchmarks/step_cost.py --models resnet50 --threads 2 --repetitions 8
-    python benchmarks/step_cost.py --models resnet50 --threads 2 --repetitions 8 --keep-memory --name cpu_kept_memory
+    python benchmarks/step_cost.py --models resnet50 --threads 2 --keep-memory --name cpu_kept_memory --counts cpu
     python benchmarks/step_cost.py --report                          # table and plot again, from the stored times
 
 All modes take turns within each repetition, in an order drawn anew, with SGD at both ends and after every second: a
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--compile", choices=["network", "blocks"], help="default: not at all")
     parser.add_argument("--keep-memory", action="store_true", help="glibc keeps what is freed (Linux, CPU)")
     parser.add_argument("--name", help="of the results; default: the device")
+    parser.add_argument("--counts", help="the results whose counts hold for these too; default: these")
     parser.add_argument("--quick", action="store_true", help="cifar_resnet18, a batch of 4, 3 repetitions; name quick")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for model_name in [] if options.report else options.models:
         measure(model_name, options, device, name)
-    report(name)
+    report(name, options.counts or name)
 
 
 def measure(model_name: str, options: argparse.Namespace, device: torch.device, name: str) -> None:
@@ -114,7 +115,7 @@ def measure(model_name: str, options: argparse.Namespace, device: torch.device, 
     times = RESULTS / f"step_cost_times_{name}.csv"
     first = 1 + max((int(row["repetition"]) for row in read(times) if row["model"] == model_name), default=-1)
     measure_times(bench, modes, options.repetitions, first, times, model_name)
-    counts = RESULTS / f"step_cost_counts_{name}.csv"
+    counts = RESULTS / f"step_cost_counts_{options.counts or name}.csv"
     counted = {row["mode"] for row in read(counts) if row["model"] == model_name}
     missing = [mode for mode in modes if mode not in counted]
     if missing:
