@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from esam_dist.data.order import Ids, mix
 
@@ -33,7 +35,7 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """A checksum of what the source holds, so that a restart does not mix two sources."""
+        """A checksum of what the source holds, labels included, so that a restart does not mix two sources."""
         ...
 
     def read(self, split: str, sample: int) -> tuple[bytes, str]:
@@ -52,9 +54,15 @@ def held_out(labels: Sequence[int], share: float, seed: int) -> dict[str, Ids]:
     return {"train": np.flatnonzero(kept), "validation": np.flatnonzero(~kept)}
 
 
-def digest_of(parts: Iterable[object]) -> str:
-    """A checksum of the text of `parts`."""
+def digest_of(class_names: Sequence[str], labels: Mapping[str, Sequence[int]], images: Iterable[str]) -> str:
+    """A checksum of classes and labels, and of a line for each image, or for many, that tells it from others."""
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{part}\n".encode())
+    described = [str(list(class_names)), *(f"{split} {list(values)}" for split, values in labels.items())]
+    for line in itertools.chain(described, images):
+        digest.update(f"{line}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def array_digest(array: NDArray[Any]) -> str:
+    """A checksum of the contents of `array`."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
