@@ -134,10 +134,11 @@ def test_a_folder_prepared_otherwise_is_not_mixed_up(folders, tmp_path):
     run("folder", tmp_path / "out", "--from", folders)
     assert contents(tmp_path / "out") == before
     assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders, "--seed", 1)
-    # A class more, before the others: the same images, but other labels.
-    (folders / "aaa").mkdir()
-    assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders)
-    (folders / "aaa").rmdir()
+    # A class more, of which there are no images: before the others it changes their labels, behind them their number.
+    for name in ("aaa", "zzz"):
+        (folders / name).mkdir()
+        assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders)
+        (folders / name).rmdir()
     (folders / "ant" / "new.jpg").write_bytes(jpeg(picture(0, 0)))
     assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders)
 

@@ -51,7 +51,7 @@ class ArraySource:
         self.name, self.class_names = name, tuple(class_names)
         self._images = images
         self.labels = {split: values.astype(int).tolist() for split, values in labels.items()}
-        self.digest = digest_of(self.class_names, self.labels, map(array_digest, images.values()))
+        self.digest = digest_of([self.class_names, self.labels, *map(array_digest, images.values())])
         for split, values in self.labels.items():
             if len(values) != len(images[split]) or not all(0 <= label < len(class_names) for label in values):
                 raise UserError(f"{name}: images and labels of the split {split!r} do not match; get the files again")

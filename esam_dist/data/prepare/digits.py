@@ -30,7 +30,7 @@ class Digits:
         self._images = np.rint(data.images * (255 / 16)).astype(np.uint8)
         self._ids = held_out(data.target, 0.2, seed)
         self.labels = {split: data.target[ids].tolist() for split, ids in self._ids.items()}
-        self.digest = digest_of(self.class_names, self.labels, [array_digest(self._images)])
+        self.digest = digest_of([self.class_names, self.labels, array_digest(self._images)])
 
     def read(self, split: str, sample: int) -> tuple[bytes, str]:
         """A digit as a greyscale PNG."""

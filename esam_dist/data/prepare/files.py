@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -36,7 +37,7 @@ class FileSource:
             for spans in self._spans.values()
             for span in spans
         )
-        self.digest = digest_of(self.class_names, self.labels, places)
+        self.digest = digest_of(itertools.chain([self.class_names, self.labels], places))
 
     def read(self, split: str, sample: int) -> tuple[bytes, str]:
         """An image file. Raises SampleError when it is empty, cut short or cannot be read."""

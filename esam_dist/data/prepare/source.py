@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -54,12 +53,11 @@ def held_out(labels: Sequence[int], share: float, seed: int) -> dict[str, Ids]:
     return {"train": np.flatnonzero(kept), "validation": np.flatnonzero(~kept)}
 
 
-def digest_of(class_names: Sequence[str], labels: Mapping[str, Sequence[int]], images: Iterable[str]) -> str:
-    """A checksum of classes and labels, and of a line for each image, or for many, that tells it from others."""
+def digest_of(parts: Iterable[object]) -> str:
+    """A checksum of the text of `parts`: classes, labels, and what tells the images from others."""
     digest = hashlib.sha256()
-    described = [str(list(class_names)), *(f"{split} {list(values)}" for split, values in labels.items())]
-    for line in itertools.chain(described, images):
-        digest.update(f"{line}\n".encode(errors="surrogateescape"))
+    for part in parts:
+        digest.update(f"{part}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
