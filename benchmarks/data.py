@@ -39,7 +39,7 @@ from esam_dist.data.dataset import open_split
 from esam_dist.data.loader import load
 from esam_dist.data.order import Order
 from esam_dist.data.prepare.encode import Encoding
-from esam_dist.data.prepare.folders import Folders
+from esam_dist.data.prepare.folders import folders
 from esam_dist.data.prepare.write import Plan, write_dataset
 
 BATCH, SIZE, CLASSES = 100, 224, 10
@@ -157,7 +157,7 @@ def _make(folder: Path, num_images: int) -> dict[str, Path]:
         small.parent.mkdir(parents=True, exist_ok=True)
         small.write_bytes(Encoding(256, 90)(data, "jpg")[0])
     for root in sets.values():
-        source = Folders(root / "folders", validation_share=0.02, seed=0)
+        source = folders(root / "folders", validation_share=0.02, seed=0)
         write_dataset(source, root / "shards", Plan(samples_per_shard=200))
     return sets
 

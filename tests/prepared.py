@@ -43,6 +43,16 @@ def jpeg(image: Image.Image, **options) -> bytes:
     return file.getvalue()
 
 
+def flipped(data: bytes, place: int) -> bytes:
+    """The same bytes with one bit changed."""
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file below `root`."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 def tar(members: dict[str, bytes]) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
@@ -74,10 +84,10 @@ def check(root: Path, counts: dict[str, list[int]]) -> None:
     run("verify", root, "--workers", 0)
 
 
-def class_folders(root: Path) -> Path:
+def class_folders(root: Path, size=(40, 30)) -> Path:
     """Three folders of twenty images each below `root`."""
     for label, name in enumerate(["ant", "bee", "cat"]):
         (root / name).mkdir(parents=True)
         for number in range(20):
-            (root / name / f"{number}.JPEG").write_bytes(jpeg(picture(label, number)))
+            (root / name / f"{number}.JPEG").write_bytes(jpeg(picture(label, number, size)))
     return root

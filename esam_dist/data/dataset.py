@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from esam_dist.data.shards import BLOCK, Entries, member_name, read_index
 from esam_dist.errors import UserError
 
 DESCRIPTION = "dataset.json"
-FORMAT = 1
+SPLITS = ("train", "validation")
 _OPEN_FILES = 64
 
 
@@ -29,22 +29,48 @@ class SampleError(Exception):
         self.detail = detail
 
 
-def read_description(root: Path) -> dict[str, Any]:
+class ListedShard(BaseModel):
+    """What `dataset.json` says of one shard."""
+
+    file: str
+    samples: int
+    sha256: str
+
+
+class ListedSplit(BaseModel):
+    """What `dataset.json` says of one split; `left_out` counts samples of the source that could not be used."""
+
+    samples: int
+    left_out: int
+    class_counts: list[int]
+    shards: list[ListedShard]
+
+
+class Description(BaseModel):
+    """The contents of `dataset.json`; `plan` is what the shards were written from, for a restart to compare."""
+
+    format: Literal[2]
+    name: str
+    classes: list[str]
+    splits: dict[str, ListedSplit]
+    plan: dict[str, Any]
+
+
+def read_description(root: Path) -> Description:
     """The contents of `root/dataset.json`. Raises UserError when there is none, or another program wrote it."""
     path = root / DESCRIPTION
     if not root.is_dir():
         raise UserError(f"data.path = {root}: no such folder; write it with `esam-dist prepare SOURCE {root}`")
     try:
-        description = json.loads(path.read_bytes())
+        return Description.model_validate_json(path.read_bytes())
     except OSError:
         raise UserError(
             f"data.path = {root}: has no {DESCRIPTION}; write it with `esam-dist prepare SOURCE {root}`"
         ) from None
     except ValueError:
-        raise UserError(f"data.path = {root}: {path} is damaged; prepare the data again") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise UserError(f"data.path = {root}: {path} has not format {FORMAT}; prepare the data again")
-    return description
+        raise UserError(
+            f"data.path = {root}: {path} is damaged, or of another version; prepare the data again"
+        ) from None
 
 
 @dataclass
@@ -121,18 +147,22 @@ class Split:
 def open_split(root: Path, name: str) -> Split:
     """Open the split `name` of the dataset at `root`, checking every shard against its index. Raises UserError."""
     description = read_description(root)
-    class_names = [str(entry) for entry in description["classes"]]
-    listed = description["splits"].get(name, {}).get("shards", [])
-    if not listed:
+    listed = description.splits.get(name)
+    if listed is None or not listed.shards:
         raise UserError(f"data.path = {root}: {DESCRIPTION} lists no shards for the split {name!r}; prepare it again")
-    shards = [root / name / str(shard["file"]) for shard in listed]
+    shards = [root / name / shard.file for shard in listed.shards]
     infos, entries = zip(*(read_index(shard) for shard in shards), strict=True)
-    for shard, info, entry in zip(shards, infos, listed, strict=True):
-        if info.sha256 != entry["sha256"]:
+    for shard, info, entry in zip(shards, infos, listed.shards, strict=True):
+        if info.sha256 != entry.sha256:
             raise UserError(f"data.path: {shard} is not the shard that {DESCRIPTION} lists; prepare the data again")
+    _check_labels(shards, entries, len(description.classes))
     joined = np.concatenate(entries)
-    _check_labels(shards, entries, len(class_names))
-    return Split(name, class_names, shards, [info.samples for info in infos], joined)
+    if np.bincount(joined["label"], minlength=len(description.classes)).tolist() != listed.class_counts:
+        raise UserError(
+            f"data.path = {root}: class_counts of {DESCRIPTION} are not those of the shards of {name}; prepare the "
+            "data again"
+        )
+    return Split(name, description.classes, shards, [info.samples for info in infos], joined)
 
 
 def _check_labels(shards: list[Path], entries: tuple[Entries, ...], num_classes: int) -> None:

@@ -136,7 +136,7 @@ def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, devic
 
 def _open_stream(cfg: config.Data, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
     check_stream(cfg)
-    class_names = [str(name) for name in read_description(cfg.path)["classes"]]
+    class_names = read_description(cfg.path).classes
 
     def raws(samples_seen: int) -> DataLoader[Any]:
         at = Position(seed, rank, samples_seen, cfg.stream_samples, world_size * cfg.batch_size)

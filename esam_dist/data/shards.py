@@ -1,21 +1,24 @@
 """Shards: plain webdataset tars with a sidecar index, so that a sample is one `pread`.
 
 `shard-000000.tar` holds `NNNNNN.jpg` (or `.png`) and `NNNNNN.cls` for every sample. `shard-000000.index` holds one line
-of JSON (size, checksum and number of samples of the tar), then one `ENTRY` per sample. A shard is finished when its
-index exists: the index is renamed into place last.
+of JSON (size, checksum and number of samples of the tar, checksum of the entries), then one `ENTRY` per sample. A shard
+is finished when its index exists: the index is renamed into place last.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import secrets
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +30,12 @@ BLOCK = 512
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
 """Where the image's bytes lie in the tar, their checksum, and the sample's label."""
 
+PARTIAL = ".part"
+"""How the names of files end that are not yet whole."""
+
 Entries = NDArray[Any]
+
+_BODY = "entries_sha256"
 
 
 class Sample(NamedTuple):
@@ -54,19 +62,33 @@ def index_path(shard: Path) -> Path:
 
 def write_shard(path: Path, samples: Iterable[Sample], first_key: int) -> ShardInfo:
     """Write `samples` as a tar and its index, keys counting from `first_key`: same samples, same bytes."""
-    partial = path.with_suffix(".tar.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = []
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, sample in enumerate(samples, first_key):
-            offset = _add(tar, f"{key:06d}.{sample.suffix}", sample.image)
-            _add(tar, f"{key:06d}.cls", str(sample.label).encode())
-            entries.append((offset, len(sample.image), sample.label, zlib.crc32(sample.image)))
-    info = ShardInfo(len(entries), partial.stat().st_size, sha256(partial))
-    _sync(partial)
-    partial.replace(path)
+    with written_beside(path) as partial:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, sample in enumerate(samples, first_key):
+                offset = _add(tar, f"{key:06d}.{sample.suffix}", sample.image)
+                _add(tar, f"{key:06d}.cls", str(sample.label).encode())
+                entries.append((offset, len(sample.image), sample.label, zlib.crc32(sample.image)))
+        info = ShardInfo(len(entries), partial.stat().st_size, sha256(partial))
     write_index(path, info, np.array(entries, ENTRY))
     return info
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Where to write what shall be at `path`: renamed at the end, so that it is there whole or not at all.
+
+    Each writer has a name of its own, so two of them do not write into each other's file.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def finished(path: Path) -> ShardInfo | None:
@@ -79,10 +101,10 @@ def finished(path: Path) -> ShardInfo | None:
 
 def write_index(shard: Path, info: ShardInfo, entries: Entries) -> None:
     """Write the sidecar of `shard`, beside and renamed."""
-    partial = index_path(shard).with_suffix(".index.part")
-    partial.write_bytes(json.dumps(asdict(info)).encode() + b"\n" + entries.tobytes())
-    _sync(partial)
-    partial.replace(index_path(shard))
+    body = entries.tobytes()
+    line = json.dumps(asdict(info) | {_BODY: hashlib.sha256(body).hexdigest()})
+    with written_beside(index_path(shard)) as partial:
+        partial.write_bytes(line.encode() + b"\n" + body)
 
 
 def read_index(shard: Path) -> tuple[ShardInfo, Entries]:
@@ -95,9 +117,12 @@ def read_index(shard: Path) -> tuple[ShardInfo, Entries]:
         missing = path if error.filename == str(path) else shard
         raise UserError(f"data.path: {missing} cannot be read ({error.strerror}); prepare the data again") from None
     try:
-        info = ShardInfo(**json.loads(line))
+        head = json.loads(line)
+        if head.pop(_BODY) != hashlib.sha256(body).hexdigest():
+            raise ValueError
+        info = ShardInfo(**head)
         entries = np.frombuffer(body, ENTRY)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError, KeyError):
         raise UserError(f"data.path: {path} is damaged; delete it and prepare the data again") from None
     if info.samples == 0 or len(entries) != info.samples:
         raise UserError(f"data.path: {path} lists {len(entries)} samples of {info.samples}; prepare the data again")
@@ -106,14 +131,31 @@ def read_index(shard: Path) -> tuple[ShardInfo, Entries]:
     return info, entries
 
 
+def members(file: IO[bytes], start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
+    """The files of the tar that lies in `file` from byte `start` to `end` (default: to its end), in order.
+
+    tarfile takes a header that is cut short or damaged for the archive's end; here at least one block of zeros must
+    follow the last member, and nothing else may. Raises tarfile.ReadError, 'cut short or damaged at byte N', before a
+    member that is not there whole, or at the end. `file` may be read from, and moved, in between.
+    """
+    stop = file.seek(0, os.SEEK_END) if end is None else end
+    at = file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None and member.size >= 0 and tar.offset <= stop:
+                at = tar.offset
+                if member.isfile():
+                    yield member
+    except (tarfile.TarError, ValueError):
+        # What is at `at` is not zeros then: it is told below.
+        pass
+    if stop - at < BLOCK or not _is_zeros(file, at, stop):
+        raise tarfile.ReadError(f"cut short or damaged at byte {at}")
+
+
 def member_name(header: bytes) -> str:
     """The name in a tar header block, safe to print whatever the bytes are."""
     return header[:100].split(b"\0", 1)[0].decode("ascii", "backslashreplace")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -136,3 +178,9 @@ def _headers_match(shard: Path, entries: Entries) -> bool:
             except tarfile.HeaderError:
                 return False
     return True
+
+
+def _is_zeros(file: IO[bytes], start: int, end: int) -> bool:
+    file.seek(start)
+    parts = iter(lambda: file.read(min(1 << 20, end - file.tell())), b"")
+    return not any(part.strip(b"\0") for part in parts)

@@ -12,20 +12,26 @@ COMMAND = Path(__file__).with_name("recorded_command.py")
 BATCH = 16
 
 
-def launch(ranks: int, record: Path, *args: object, **env: str) -> int:
+def launch(ranks: int, record: Path, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
     record.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*launcher, str(COMMAND), "train", *map(str, args)]
     return subprocess.run(
         command, env=environment(RECORD=str(record), **env), capture_output=True, text=True, timeout=150, check=False
-    ).returncode
+    )
 
 
-def read_in_step_order(record: Path, ranks: int) -> list[list[int]]:
-    """What all ranks read together, one list for each step that all of them began."""
-    lines = [(record / f"rank{rank}").read_text().splitlines() for rank in range(ranks)]
-    steps = zip(*lines, strict=False)
-    return [[int(sample) for line in step for sample in line.split()] for step in steps]
+def trained_on(record: Path, rank: int) -> list[list[int]]:
+    """The samples of each batch that a rank has taken."""
+    lines = [list(map(int, line.split())) for line in (record / f"drawn{rank}").read_text().splitlines()]
+    drawn = {number: ids for number, *ids in lines}
+    return [drawn[int(number)] for number in (record / f"taken{rank}").read_text().split()]
+
+
+def in_step_order(record: Path, ranks: int) -> list[list[int]]:
+    """What all ranks trained on together, one list for each step that all of them began."""
+    steps = zip(*(trained_on(record, rank) for rank in range(ranks)), strict=False)
+    return [[sample for batch in step for sample in batch] for step in steps]
 
 
 def test_a_job_killed_on_three_ranks_goes_on_with_two_where_its_checkpoint_was(digits, tiny, tmp_path):
@@ -40,12 +46,14 @@ def test_a_job_killed_on_three_ranks_goes_on_with_two_where_its_checkpoint_was(d
         "checkpoint.every_steps=4",
         "method.name=sgd",
     ]
-    assert launch(3, tmp_path / "first", tiny, *overrides, DIE_AT="1 10") != 0
-    assert launch(2, tmp_path / "second", tiny, *overrides) == 0
+    killed = launch(3, tmp_path / "first", tiny, *overrides, DIE_AT="1 10")
+    assert "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr[-5000:]
+    resumed = launch(2, tmp_path / "second", tiny, *overrides, "data.workers=2")
+    assert resumed.returncode == 0, resumed.stderr[-5000:]
 
-    first = read_in_step_order(tmp_path / "first", 3)
-    second = read_in_step_order(tmp_path / "second", 2)
-    assert len(first) == 10
+    first = in_step_order(tmp_path / "first", 3)
+    second = in_step_order(tmp_path / "second", 2)
+    assert len(first) == 10, killed.stderr[-5000:]
     kept = [sample for step in first[:8] for sample in step]  # up to the last checkpoint
     going_on = [sample for step in second for sample in step]
     split = open_split(digits, "train")

@@ -10,8 +10,6 @@ from esam_dist.config import Config
 from esam_dist.errors import UserError
 from esam_dist.schedule import Schedule
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
 
 @pytest.fixture
 def file(tmp_path):
@@ -198,11 +196,3 @@ def test_every_key_has_a_default_and_a_description():
 def test_sections_cannot_be_changed_after_loading():
     with pytest.raises(ValueError, match="frozen"):
         Config().train.epochs = 3
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_config_of_the_project_is_valid_and_says_how_to_run_it(path):
-    config.load(path)
-    head = path.read_text().partition("\nrun:")[0]
-    assert f"configs/{path.name}" in head
-    assert "measured" in head or "from the paper" in head

@@ -6,7 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esam_dist.config import Config, Train
 from esam_dist.data.order import Order, mix, permutation, share
+from esam_dist.train import TrainState, final_step
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -59,12 +61,28 @@ def test_changing_ranks_and_batch_size_mid_epoch_continues_the_same_sequence(see
     assert read == sequence(order, 0, seen)
 
 
-@given(SEEDS, COUNTS, st.integers(1, 5), st.integers(1, 9))
-def test_all_ranks_get_full_batches_for_ever(seed, counts, world_size, batch_size):
-    order = Order(seed, counts, window=2)
+@given(SEEDS, COUNTS, st.integers(1, 5), st.integers(1, 9), st.integers(1, 3), st.integers(0, 300))
+def test_to_the_end_of_training_all_ranks_take_the_same_number_of_full_batches_and_together_the_sequence(
+    seed, counts, world_size, batch_size, epochs, samples_seen
+):
+    order, cfg = Order(seed, counts, window=2), Config(train=Train(epochs=epochs))
+    taken = []
     for rank in range(world_size):
-        draws = islice(order.batches(0, batch_size=batch_size, rank=rank, world_size=world_size), 20)
-        assert [len(draw.ids) for draw in draws] == [batch_size] * 20
+        # As the training loop has it: each rank counts for itself, and asks when the last step is only once.
+        state = TrainState(samples_seen=samples_seen)
+        last_step = final_step(cfg, state, order.num_samples, world_size * batch_size)
+        batches = order.batches(samples_seen, batch_size=batch_size, rank=rank, world_size=world_size)
+        taken.append([draw.ids.tolist() for draw in islice(batches, last_step)])
+    assert len({len(batches) for batches in taken}) == 1
+    assert all(len(batch) == batch_size for batches in taken for batch in batches)
+    read = [i for step in zip(*taken, strict=True) for batch in step for i in batch]
+    assert read == sequence(order, samples_seen, len(read))
+    # The end is that of the last epoch, or less than a step behind it; every whole epoch shows every sample once.
+    left = max(0, epochs * order.num_samples - samples_seen)
+    assert left <= len(read) < left + world_size * batch_size
+    N = order.num_samples
+    for start in range(-samples_seen % N, len(read) - N + 1, N):
+        assert sorted(read[start : start + N]) == list(range(N))
 
 
 @given(st.integers(0, 500), st.integers(1, 40))

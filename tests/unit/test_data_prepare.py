@@ -1,16 +1,24 @@
 """`esam-dist prepare`: plain shards, deterministic, restartable, verified."""
 
 import io
+import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import webdataset
 from PIL import Image
 
-from esam_dist.data.dataset import open_split
+from esam_dist.data.dataset import SampleError, open_split
+from esam_dist.data.prepare import write
+from esam_dist.data.prepare.encode import Encoding, png
 from esam_dist.data.prepare.write import PLAN
-from tests.prepared import check, class_folders, jpeg, labels_seen, picture, refused, run
+from tests.commands import alone, environment, here, wait_for
+from tests.prepared import check, class_folders, contents, jpeg, labels_seen, picture, refused, run
 
 
 @pytest.fixture
@@ -58,10 +66,6 @@ def test_keeping_bytes_keeps_them_and_short_side_shrinks(folders, tmp_path):
     check(tmp_path / "small", {"train": [18, 18, 18], "validation": [2, 2, 2]})
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
 def test_same_input_and_seed_same_bytes_whatever_the_workers(folders, tmp_path):
     for name, workers in (("one", 0), ("two", 2)):
         run(
@@ -81,31 +85,47 @@ def test_same_input_and_seed_same_bytes_whatever_the_workers(folders, tmp_path):
     assert contents(tmp_path / "one") != contents(tmp_path / "other")
 
 
-def test_a_killed_run_goes_on_and_keeps_its_shards(folders, tmp_path, monkeypatch):
-    arguments = ["folder", tmp_path / "out", "--from", folders, "--samples-per-shard", 10, "--workers", 0]
-    run("folder", tmp_path / "whole", "--from", folders, "--samples-per-shard", 10)
-    from esam_dist.data.prepare import write
+def ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
-    real, written = write.write_shard, []
 
-    def fails_at_the_fourth(path, samples, first_key):
-        written.append(path)
-        if len(written) == 4:
-            path.with_suffix(".tar.part").write_bytes(b"half a shard")
-            raise KeyboardInterrupt
-        return real(path, samples, first_key)
+def test_a_run_killed_at_once_goes_on_keeps_its_shards_and_gives_the_same_bytes(tmp_path):
+    origin, out = class_folders(tmp_path / "pets", size=(1600, 1200)), tmp_path / "out"
+    options = ["--from", origin, "--short-side", 60, "--samples-per-shard", 4, "--workers", 2]
+    run("folder", tmp_path / "whole", *options)
 
-    monkeypatch.setattr(write, "write_shard", fails_at_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        run(*arguments)
-    assert (tmp_path / "out" / PLAN).exists()
-    assert not (tmp_path / "out" / "dataset.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.tar")}
-    assert len(kept) == 3
-    run(*arguments)
-    assert len(written) == 8  # six shards, one of validation, and the one that failed
+    command = [sys.executable, "-m", "esam_dist", "prepare", "folder", out, *options]
+    with subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.DEVNULL) as killed:
+        wait_for(lambda: list(out.rglob("*.index")))
+        workers = psutil.Process(killed.pid).children()
+        killed.kill()
+    assert (out / PLAN).exists()
+    assert not (out / "dataset.json").exists()
+    assert len(workers) == 2
+    (out / "train" / "shard-000001.tar.0badcafe.part").write_bytes(b"half a shard")
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.index")}
+    answer = alone("prepare", "folder", out, *options)
+    assert answer.status == 0, answer.err
+    assert all(map(ended, workers))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_progress_tells_how_long_it_still_takes(folders, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    # A clock on which every shard takes 12 seconds.
+    monkeypatch.setattr(write, "time", SimpleNamespace(monotonic=itertools.count(0, 12).__next__))
+    run("folder", tmp_path / "out", "--from", folders, "--samples-per-shard", 18, "--workers", 0)
+    said = [record.getMessage() for record in caplog.records if "left" in record.getMessage()]
+    assert said == [
+        "18 of 60 images, 1 images/s, 56 s left",
+        "36 of 60 images, 1 images/s, 24 s left",
+        "54 of 60 images, 1 images/s, 5 s left",
+        "60 of 60 images, 1 images/s, 0 s left",
+    ]
 
 
 def test_a_folder_prepared_otherwise_is_not_mixed_up(folders, tmp_path):
@@ -114,6 +134,11 @@ def test_a_folder_prepared_otherwise_is_not_mixed_up(folders, tmp_path):
     run("folder", tmp_path / "out", "--from", folders)
     assert contents(tmp_path / "out") == before
     assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders, "--seed", 1)
+    # A class more, of which there are no images: before the others it changes their labels, behind them their number.
+    for name in ("aaa", "zzz"):
+        (folders / name).mkdir()
+        assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders)
+        (folders / name).rmdir()
     (folders / "ant" / "new.jpg").write_bytes(jpeg(picture(0, 0)))
     assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders)
 
@@ -126,6 +151,34 @@ def test_bad_images_are_left_out_of_a_re_encoded_set_and_counted(folders, tmp_pa
     assert sum(split["left_out"] for split in splits.values()) == 2
     assert sum(split["class_counts"][2] for split in splits.values()) == 18
     assert "left out sample" in caplog.text
+
+
+SMALL = {
+    "a small JPEG": (jpeg(picture(1, 1)), "jpg"),
+    "a small PNG": png(picture(1, 1)),
+    "a small grey PNG": png(picture(1, 1).convert("L")),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_image_is_kept_when_it_can_be_decoded_and_left_out_when_not(name):
+    data, suffix = SMALL[name]
+    assert Encoding(short_side=64)(data, suffix) == (data, suffix)
+    for length in (len(data) // 2, len(data) * 3 // 4):
+        with pytest.raises(SampleError, match="undecodable"):
+            Encoding(short_side=64)(data[:length], suffix)
+
+
+def test_the_command_ends_with_0_or_with_2_and_one_line(folders, tmp_path):
+    out = tmp_path / "out"
+    assert here("prepare", "folder", out, "--from", folders).status == 0
+    assert here("prepare", "verify", out).status == 0
+    shard = out / "train" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    answer = here("prepare", "verify", out)
+    assert answer.status == 2
+    assert answer.err.startswith("esam-dist: error: ")
+    assert answer.err.count("\n") == 1
 
 
 def test_verify_finds_what_is_wrong(folders, tmp_path):

@@ -1,4 +1,4 @@
-"""What `esam-dist prepare` reads: the archives of ImageNet, CIFAR and Fashion-MNIST, and shards of other programs."""
+"""What `esam-dist prepare` reads: the archives of CIFAR and Fashion-MNIST, and shards of other programs."""
 
 import gzip
 import io
@@ -7,75 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from esam_dist.data.dataset import open_split
-from tests.prepared import check, class_folders, jpeg, picture, refused, run, tar
-
-
-def imagenet(root: Path, devkit: bool = True) -> None:
-    """A small imitation of the original archives: 3 classes; the devkit's numbers are not the alphabetical ones."""
-    from scipy.io import savemat
-
-    root.mkdir()
-    wnids = ["n01440764", "n01443537", "n02119789"]
-    inner = {
-        f"{wnid}.tar": tar({f"{wnid}_{number}.JPEG": jpeg(picture(label, number)) for number in range(6)})
-        for label, wnid in enumerate(wnids)
-    }
-    (root / "ILSVRC2012_img_train.tar").write_bytes(tar(dict(sorted(inner.items(), reverse=True))))
-    shown = [2, 0, 1, 1, 0]
-    images = {
-        f"ILSVRC2012_val_{number + 1:08d}.JPEG": jpeg(picture(label, number)) for number, label in enumerate(shown)
-    }
-    (root / "ILSVRC2012_img_val.tar").write_bytes(tar(dict(reversed(images.items()))))
-    ids = {"n02119789": 1, "n01440764": 2, "n01443537": 3}
-    synsets = np.array(
-        [(number, wnid, f"word of {wnid}, synonym") for wnid, number in ids.items()],
-        dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")],
-    )
-    meta = io.BytesIO()
-    savemat(meta, {"synsets": synsets})
-    truth = "".join(f"{ids[wnids[label]]}\n" for label in shown)
-    name = "ILSVRC2012_devkit_t12/data"
-    members = {
-        f"{name}/meta.mat": meta.getvalue(),
-        f"{name}/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
-    }
-    if devkit:
-        (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(tar(members)))
-
-
-def test_imagenet_from_the_original_archives(tmp_path):
-    imagenet(tmp_path / "in")
-    run("imagenet", tmp_path / "out", "--from", tmp_path / "in", "--samples-per-shard", 5)
-    check(tmp_path / "out", {"train": [6, 6, 6], "validation": [2, 2, 1]})
-    assert open_split(tmp_path / "out", "train").class_names[0] == "n01440764 word of n01440764"
-
-
-def test_imagenet_from_class_folders(tmp_path):
-    root = tmp_path / "in"
-    class_folders(root / "train")
-    (root / "val" / "cat").mkdir(parents=True)
-    (root / "val" / "cat" / "x.JPEG").write_bytes(jpeg(picture(2, 0)))
-    run("imagenet", tmp_path / "out", "--from", root)
-    check(tmp_path / "out", {"train": [20, 20, 20], "validation": [0, 0, 1]})
-
-
-def test_imagenet_without_devkit_or_cut_short_is_refused(tmp_path):
-    imagenet(tmp_path / "in", devkit=False)
-    assert "devkit" in refused("imagenet", tmp_path / "out", "--from", tmp_path / "in")
-    imagenet(tmp_path / "short")
-    for archive in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
-        path = tmp_path / "short" / archive
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2 + 700])
-        assert "cut short" in refused("imagenet", tmp_path / "out", "--from", tmp_path / "short")
-        path.write_bytes(whole)
+from esam_dist.data.prepare.arrays import DEBIAN_FASHION_MNIST, fashion_mnist
+from tests.commands import here
+from tests.prepared import check, flipped, jpeg, picture, refused, run, tar
 
 
 def cifar_batch(labels: list[int], key: bytes) -> bytes:
     rows = np.stack([np.full(3072, 20 + 40 * label, np.uint8) for label in labels])
     return pickle.dumps({b"data": rows, key: labels}, protocol=2)
+
+
+def cifar100_files(folder: Path, **others: bytes) -> Path:
+    """A folder with few samples of two classes, and with `others` in place of the files of those names."""
+    files = {name: cifar_batch([0, 1], b"fine_labels") for name in ("train", "test")}
+    files |= {"meta": pickle.dumps({b"fine_label_names": [b"ant", b"bee"]})} | others
+    (folder / "cifar").mkdir()
+    for name, data in files.items():
+        (folder / "cifar" / name).write_bytes(data)
+    return folder / "cifar"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -100,8 +51,36 @@ def test_cifar10_and_cifar100(tmp_path, packed):
             origin.mkdir()
             for file, data in files.items():
                 (origin / file).write_bytes(data)
-        run(name, tmp_path / f"{name}-out", "--from", origin)
+        # Images of 32 pixels stay as they are.
+        answer = here("prepare", name, tmp_path / f"{name}-out", "--from", origin, "--short-side", 64)
+        assert answer.status == 0, answer.err
         check(tmp_path / f"{name}-out", expected[name])
+
+
+@pytest.mark.parametrize(
+    ("file", "data"),
+    [
+        ("train", b""),
+        ("train", b"<html>"),
+        ("train", pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)})),
+        ("train", pickle.dumps({b"data": np.zeros((2, 30), np.uint8), b"fine_labels": [0, 1]})),
+        ("train", pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0, 7]})),
+        ("train", pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0]})),
+        ("train", pickle.dumps([1, 2])),
+        ("meta", pickle.dumps({b"fine_label_names": 7})),
+    ],
+)
+def test_damaged_python_batches_are_refused(tmp_path, file, data):
+    refused("cifar100", tmp_path / "out", "--from", cifar100_files(tmp_path, **{file: data}))
+
+
+def test_a_damaged_archive_of_python_batches_is_refused(tmp_path):
+    folder = cifar100_files(tmp_path)
+    origin = tmp_path / "cifar.tar.gz"
+    whole = gzip.compress(tar({file.name: file.read_bytes() for file in folder.iterdir()}))
+    for data in [whole[:50], whole[:-9], b"", *(flipped(whole, place) for place in range(12, len(whole), 17))]:
+        origin.write_bytes(data)
+        refused("cifar100", tmp_path / "out", "--from", origin)
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -109,15 +88,12 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "owned",))
 
-    origin = tmp_path / "cifar"
-    origin.mkdir()
-    (origin / "meta").write_bytes(pickle.dumps({b"fine_label_names": Attack()}))
+    origin = cifar100_files(tmp_path, meta=pickle.dumps({b"fine_label_names": Attack()}))
     assert "not a python batch" in refused("cifar100", tmp_path / "out", "--from", origin)
     assert not (tmp_path / "owned").exists()
 
 
-def test_fashion_mnist_from_idx_files(tmp_path):
-    origin = tmp_path / "idx"
+def idx_files(origin: Path) -> Path:
     origin.mkdir()
     for stem, labels in (("train", [0, 1, 2, 3, 4, 5]), ("t10k", [2, 0])):
         images = np.stack([np.full((28, 28), 20 + 40 * label, np.uint8) for label in labels])
@@ -125,10 +101,36 @@ def test_fashion_mnist_from_idx_files(tmp_path):
         (origin / f"{stem}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         header = bytes([0, 0, 8, 1]) + np.array([len(labels)], ">u4").tobytes()
         (origin / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + bytes(labels)))
+    return origin
+
+
+def test_fashion_mnist_from_idx_files(tmp_path):
+    origin = idx_files(tmp_path / "idx")
     run("fashion-mnist", tmp_path / "out", "--from", origin)
     check(tmp_path / "out", {"train": [1] * 6 + [0] * 4, "validation": [1, 0, 1] + [0] * 7})
     (origin / "t10k-images-idx3-ubyte").unlink()
     assert "dataset-fashion-mnist" in refused("fashion-mnist", tmp_path / "out2", "--from", origin)
+
+
+def test_damaged_idx_files_are_refused(tmp_path):
+    origin = idx_files(tmp_path / "idx")
+    packed, plain = origin / "train-labels-idx1-ubyte.gz", origin / "train-images-idx3-ubyte"
+    for path in (packed, plain):
+        whole = path.read_bytes()
+        # Behind the headers, every byte of a plain file is some image.
+        places = range(16) if path == plain else range(10, len(whole))
+        for data in [b"", whole[:3], whole[:10], whole[:-1], *(flipped(whole, place) for place in places)]:
+            path.write_bytes(data)
+            refused("fashion-mnist", tmp_path / "out", "--from", origin)
+        path.write_bytes(whole)
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.exists(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_debians_package_is_found():
+    source = fashion_mnist(None)
+    counts = {split: np.bincount(labels).tolist() for split, labels in source.labels.items()}
+    assert counts == {"train": [6000] * 10, "validation": [1000] * 10}
+    assert Image.open(io.BytesIO(source.read("validation", 0)[0])).size == (28, 28)
 
 
 def foreign(root: Path, members: dict[str, bytes]) -> Path:
@@ -160,7 +162,9 @@ IMAGE = jpeg(picture(0, 0))
         ({"a.jpg": IMAGE, "a.cls": b"cat"}, "not a label"),
         ({"a.jpg": IMAGE, "a.cls": b"-1"}, "not a label"),
         ({"a.jpg": IMAGE, "a.cls": b""}, "not a label"),
-        ({"a.jpg": IMAGE, "a.cls": b"99999999999"}, "not a label"),
+        ({"a.jpg": IMAGE, "a.cls": b"1000000"}, "not a label"),
+        ({"a.jpg": IMAGE, "a.cls": b"2000000000"}, "not a label"),
+        ({"a.jpg": IMAGE, "a.cls": b"9" * 5000}, "not a label"),
         ({"a.jpg": IMAGE, "a.png": IMAGE, "a.cls": b"1"}, "the key 'a' is there twice"),
         ({"../../etc/a.jpg": IMAGE, "../../etc/a.cls": b"1"}, "points outside"),
         ({"/a.jpg": IMAGE, "/a.cls": b"1"}, "points outside"),
@@ -170,8 +174,19 @@ def test_bad_members_of_a_foreign_shard_are_named(tmp_path, members, message):
     assert message in refused("index", foreign(tmp_path / "out", members))
 
 
-def test_a_truncated_foreign_shard_is_refused(tmp_path):
-    root = foreign(tmp_path / "out", {"a.jpg": IMAGE * 3, "a.cls": b"1"})
+def test_labels_belong_to_keys_whatever_the_order_of_members(tmp_path):
+    members = {f"{key}.jpg": jpeg(picture(label, 0)) for key, label in (("b", 2), ("a", 1), ("c", 0))}
+    members |= {"a.CLS": b"1", "c.cls": b" 000 ", "b.cls": b"02"}
+    run("index", foreign(tmp_path / "out", members))
+    check(tmp_path / "out", {"train": [1, 1, 1], "validation": [1, 1, 1]})
+
+
+def test_a_foreign_shard_that_is_cut_anywhere_is_refused(tmp_path):
+    samples = {f"{key}.{suffix}": data for key in "abc" for suffix, data in (("jpg", IMAGE), ("cls", b"1"))}
+    root = foreign(tmp_path / "out", samples)
     shard = root / "train" / "some-name-7.tar"
-    shard.write_bytes(shard.read_bytes()[:900])
-    assert "cut short" in refused("index", root)
+    whole = shard.read_bytes()
+    # Inside of data, inside of a header (every 512 bytes one begins), and between them.
+    for length in range(0, len(whole.rstrip(b"\0")) + 512, 128):
+        shard.write_bytes(whole[:length])
+        assert "cut short or damaged at byte" in refused("index", root)

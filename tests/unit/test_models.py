@@ -32,6 +32,7 @@ def test_parameters_of_our_networks(name, num_params):
     [
         ("resnet18", torchvision.models.ResNet18_Weights.IMAGENET1K_V1),
         ("resnet50", torchvision.models.ResNet50_Weights.IMAGENET1K_V1),
+        ("resnet101", torchvision.models.ResNet101_Weights.IMAGENET1K_V1),
         ("mobilenet_v3_small", torchvision.models.MobileNet_V3_Small_Weights.IMAGENET1K_V1),
         ("vit_b_32", torchvision.models.ViT_B_32_Weights.IMAGENET1K_V1),
     ],

@@ -5,20 +5,19 @@ Their archives are user input: the pickles are read by an unpickler that builds 
 
 from __future__ import annotations
 
-import gzip
 import io
 import pickle
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from esam_dist.data.prepare.archives import read_files, read_whole
 from esam_dist.data.prepare.encode import png
-from esam_dist.data.prepare.source import digest_of
+from esam_dist.data.prepare.source import array_digest, digest_of
 from esam_dist.errors import UserError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -40,6 +39,7 @@ _CIFAR10 = {"train": [f"data_batch_{number}" for number in range(1, 6)], "valida
 _CIFAR100 = {"train": ["train"], "validation": ["test"]}
 
 Array = NDArray[Any]
+Built = TypeVar("Built")
 
 
 class ArraySource:
@@ -51,7 +51,7 @@ class ArraySource:
         self.name, self.class_names = name, tuple(class_names)
         self._images = images
         self.labels = {split: values.astype(int).tolist() for split, values in labels.items()}
-        self.digest = digest_of([self.labels, *(array.tobytes() for array in images.values())])
+        self.digest = digest_of([self.class_names, self.labels, *map(array_digest, images.values())])
         for split, values in self.labels.items():
             if len(values) != len(images[split]) or not all(0 <= label < len(class_names) for label in values):
                 raise UserError(f"{name}: images and labels of the split {split!r} do not match; get the files again")
@@ -65,8 +65,8 @@ def fashion_mnist(folder: Path | None) -> ArraySource:
     """The idx files (plain or .gz) in `folder`, or in Debian's package. Raises UserError when they are not there."""
     folder = folder or DEBIAN_FASHION_MNIST
     files = {"train": "train", "validation": "t10k"}
-    images = {split: _idx(folder, f"{stem}-images-idx3-ubyte") for split, stem in files.items()}
-    labels = {split: _idx(folder, f"{stem}-labels-idx1-ubyte") for split, stem in files.items()}
+    images = {split: _idx(folder, f"{stem}-images-idx3-ubyte", 3) for split, stem in files.items()}
+    labels = {split: _idx(folder, f"{stem}-labels-idx1-ubyte", 1) for split, stem in files.items()}
     return ArraySource("fashion-mnist", _FASHION, images, labels)
 
 
@@ -76,57 +76,46 @@ def cifar(name: str, path: Path) -> ArraySource:
     label_key, names_file, names_key = (
         ("labels", "batches.meta", "label_names") if name == "cifar10" else ("fine_labels", "meta", "fine_label_names")
     )
-    read = _archive(path)
-    names = [_text(entry) for entry in read(names_file)[names_key]]
+    found = read_files(path, [names_file, *(batch for batches in files.values() for batch in batches)])
+
+    def images_and_labels(batch: dict[str, Any]) -> tuple[Array, Array]:
+        rows = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32)
+        return rows.transpose(0, 2, 3, 1), np.asarray(batch[label_key], np.int64)
+
+    names = _unpickled(path, found, names_file, lambda batch: [_text(entry) for entry in batch[names_key]])
     images, labels = {}, {}
-    for split, members in files.items():
-        batches = [read(member) for member in members]
-        rows = np.concatenate([batch["data"] for batch in batches])
-        images[split] = np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels[split] = np.concatenate([np.asarray(batch[label_key]) for batch in batches])
+    for split, batches in files.items():
+        parts = [_unpickled(path, found, batch, images_and_labels) for batch in batches]
+        images[split], labels[split] = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return ArraySource(name, names, images, labels)
 
 
-def _idx(folder: Path, stem: str) -> Array:
+def _idx(folder: Path, stem: str, dimensions: int) -> Array:
+    """An array of bytes: after 0, 0, 8 and the number of dimensions come their sizes, then the contents."""
     path = next((file for file in (folder / f"{stem}.gz", folder / stem) if file.exists()), None)
     if path is None:
         raise UserError(
             f"--from {folder}: has no {stem}.gz; give the folder of the idx files, or install the Debian package "
             "dataset-fashion-mnist"
         )
+    data = read_whole(path)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+        if data[:4] != bytes([0, 0, 8, dimensions]):
+            raise ValueError("another format")
+        shape = np.frombuffer(data, ">u4", count=dimensions, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except ValueError as error:
         raise UserError(f"--from {folder}: {path.name} is damaged ({error}); get it again") from None
 
 
-def _archive(path: Path) -> Any:
-    """A function that reads a batch by its file name, from a folder or a tar archive."""
-    if not path.exists():
-        raise UserError(f"--from {path}: no such file or folder; give the folder or .tar.gz of the python batches")
-    if path.is_dir():
-        found = {file.name: file.read_bytes() for file in path.rglob("*") if file.is_file() and not file.suffix}
-        found |= {file.name: file.read_bytes() for file in path.rglob("batches.meta")}
-    else:
-        try:
-            with tarfile.open(path) as tar:
-                members = [member for member in tar if member.isfile()]
-                found = {Path(m.name).name: file.read() for m in members if (file := tar.extractfile(m)) is not None}
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"--from {path}: is not a tar archive ({error}); get it again") from None
-
-    def read(name: str) -> dict[str, Any]:
-        if name not in found:
-            raise UserError(f"--from {path}: has no file {name!r}; give the folder or .tar.gz of the python batches")
-        try:
-            batch = _ArraysOnly(io.BytesIO(found[name]), encoding="bytes").load()
-            return {_text(key): value for key, value in batch.items()}
-        except (pickle.UnpicklingError, EOFError, ValueError, AttributeError) as error:
-            raise UserError(f"--from {path}: {name} is not a python batch ({error}); get it again") from None
-
-    return read
+def _unpickled(path: Path, found: dict[str, bytes], name: str, build: Callable[[dict[str, Any]], Built]) -> Built:
+    """What `build` makes of the file `name` of python batches. Raises UserError."""
+    try:
+        batch = _ArraysOnly(io.BytesIO(found[name]), encoding="bytes").load()
+        return build({_text(key): value for key, value in batch.items()})
+    except Exception as error:
+        # Damaged bytes can make an unpickler, and numpy after it, raise anything.
+        raise UserError(f"--from {path}: {name} is not a python batch ({error!r}); get it again") from None
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -10,8 +10,8 @@ from esam_dist.data.prepare.arrays import cifar, fashion_mnist
 from esam_dist.data.prepare.digits import Digits
 from esam_dist.data.prepare.encode import Encoding
 from esam_dist.data.prepare.existing import index_existing
-from esam_dist.data.prepare.folders import Folders
-from esam_dist.data.prepare.imagenet import ImageNet
+from esam_dist.data.prepare.folders import folders
+from esam_dist.data.prepare.imagenet import imagenet
 from esam_dist.data.prepare.source import Source
 from esam_dist.data.prepare.verify import verify
 from esam_dist.data.prepare.write import Plan, write_dataset
@@ -79,7 +79,7 @@ def _source(args: argparse.Namespace) -> Source:
     if args.origin is None:
         raise UserError(f"prepare {args.source}: needs --from PATH; see `esam-dist prepare --help`")
     if args.source == "imagenet":
-        return ImageNet(args.origin)
+        return imagenet(args.origin)
     if args.source == "folder":
-        return Folders(args.origin, validation_share=args.validation_share, seed=args.seed)
+        return folders(args.origin, validation_share=args.validation_share, seed=args.seed)
     return cifar(args.source, args.origin)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from esam_dist.data.prepare.encode import png
-from esam_dist.data.prepare.source import digest_of, held_out
+from esam_dist.data.prepare.source import array_digest, digest_of, held_out
 from esam_dist.data.prepare.write import Plan, write_dataset
 
 
@@ -30,7 +30,7 @@ class Digits:
         self._images = np.rint(data.images * (255 / 16)).astype(np.uint8)
         self._ids = held_out(data.target, 0.2, seed)
         self.labels = {split: data.target[ids].tolist() for split, ids in self._ids.items()}
-        self.digest = digest_of([self._images.tobytes(), self.labels])
+        self.digest = digest_of([self.class_names, self.labels, array_digest(self._images)])
 
     def read(self, split: str, sample: int) -> tuple[bytes, str]:
         """A digit as a greyscale PNG."""

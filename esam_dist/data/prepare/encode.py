@@ -29,11 +29,11 @@ class Encoding:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise SampleError("too_large", f"{width} x {height} pixels")
+        # Also what is kept is decoded: nothing less tells that it can be.
+        full = Image.fromarray(upright(image))
         scale = self.short_side / min(width, height)
         if scale >= 1 and image.mode in ("RGB", "L") and not image.getexif():
-            image.verify()
             return data, suffix
-        full = Image.fromarray(upright(image))
         if scale < 1:
             full = full.resize((round(full.width * scale), round(full.height * scale)), Image.Resampling.BICUBIC)
         file = io.BytesIO()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO
 
 import numpy as np
 
 from esam_dist.checksum import sha256
-from esam_dist.data.dataset import DESCRIPTION
+from esam_dist.data.dataset import DESCRIPTION, SPLITS
 from esam_dist.data.decode import SUFFIXES
-from esam_dist.data.prepare.write import write_description
-from esam_dist.data.shards import ENTRY, Entries, ShardInfo, write_index
+from esam_dist.data.prepare.write import list_split, write_description
+from esam_dist.data.shards import ENTRY, Entries, ShardInfo, members, write_index
 from esam_dist.errors import UserError
 
 _REMEDY = "write the shard again"
+_LABEL = re.compile(rb"\s*0*(\d{1,6})\s*")
 
 
 def index_existing(out: Path) -> None:
@@ -28,50 +30,44 @@ def index_existing(out: Path) -> None:
     if (out / DESCRIPTION).exists():
         raise UserError(f"OUT = {out}: has a {DESCRIPTION} already; delete it to index the shards anew")
     found: dict[str, list[tuple[Path, ShardInfo, Entries]]] = {}
-    for split in ("train", "validation"):
+    for split in SPLITS:
         shards = sorted((out / split).glob("*.tar"))
         if not shards:
             raise UserError(f"OUT = {out}: has no shards {split}/*.tar; put the shards of both splits there")
         found[split] = [(shard, *index_shard(shard)) for shard in shards]
     num_classes = 1 + max(int(entries["label"].max()) for parts in found.values() for _, _, entries in parts)
-    splits: dict[str, Any] = {}
-    for split, parts in found.items():
-        counts = sum(np.bincount(entries["label"], minlength=num_classes) for _, _, entries in parts)
-        listed = [{"file": shard.name, "samples": info.samples, "sha256": info.sha256} for shard, info, _ in parts]
-        splits[split] = {
-            "samples": sum(info.samples for _, info, _ in parts),
-            "left_out": 0,
-            "class_counts": np.asarray(counts).tolist(),
-            "shards": listed,
-        }
+    splits = {split: list_split(parts, num_classes, left_out=0) for split, parts in found.items()}
     write_description(out, out.resolve().name, [str(label) for label in range(num_classes)], splits, {})
 
 
 def index_shard(shard: Path) -> tuple[ShardInfo, Entries]:
     """Index one tar. Raises UserError."""
-    images: dict[str, tuple[int, int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    _take(shard, tar, member, images, labels)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{shard}: is no tar, or cut short ({error}); {_REMEDY}") from None
-    if not images:
-        raise UserError(f"{shard}: holds no images; {_REMEDY}")
-    if missing := set(images) ^ set(labels):
-        raise UserError(f"{shard}: {min(missing)!r} has not both an image and a .cls; {_REMEDY}")
-    rows = [(offset, length, labels[key], crc) for key, (offset, length, crc) in images.items()]
-    info = ShardInfo(len(rows), shard.stat().st_size, sha256(shard))
-    entries = np.array(rows, ENTRY)
+    entries = scan_shard(shard)
+    info = ShardInfo(len(entries), shard.stat().st_size, sha256(shard))
     write_index(shard, info, entries)
     return info, entries
 
 
+def scan_shard(shard: Path) -> Entries:
+    """The samples of a tar, in the order of their images. Raises UserError."""
+    images: dict[str, tuple[int, int, int]] = {}
+    labels: dict[str, int] = {}
+    with shard.open("rb") as file:
+        try:
+            for member in members(file):
+                _take(shard, file, member, images, labels)
+        except tarfile.ReadError as error:
+            raise UserError(f"{shard}: is no tar, or {error}; {_REMEDY}") from None
+    if not images:
+        raise UserError(f"{shard}: holds no images; {_REMEDY}")
+    if missing := set(images) ^ set(labels):
+        raise UserError(f"{shard}: {min(missing)!r} has not both an image and a .cls; {_REMEDY}")
+    return np.array([(offset, length, labels[key], crc) for key, (offset, length, crc) in images.items()], ENTRY)
+
+
 def _take(
     shard: Path,
-    tar: tarfile.TarFile,
+    file: IO[bytes],
     member: tarfile.TarInfo,
     images: dict[str, tuple[int, int, int]],
     labels: dict[str, int],
@@ -84,13 +80,12 @@ def _take(
         return
     if key in (labels if suffix == ".cls" else images):
         raise UserError(f"{shard}: the key {key!r} is there twice; {_REMEDY}")
-    file = tar.extractfile(member)
-    data = file.read() if file else b""
-    if len(data) != member.size:
-        raise UserError(f"{shard}: is cut short in {member.name!r}; {_REMEDY}")
+    file.seek(member.offset_data)
+    data = file.read(member.size)
     if suffix == ".cls":
-        if not data.strip().isdigit() or int(data) >= 2**31:
-            raise UserError(f"{shard}: {member.name!r} holds {data[:20]!r}, not a label; {_REMEDY}")
-        labels[key] = int(data)
+        label = _LABEL.fullmatch(data)
+        if label is None:
+            raise UserError(f"{shard}: {member.name!r} holds {data[:20]!r}, not a label from 0 to 999999; {_REMEDY}")
+        labels[key] = int(label[1])
     else:
         images[key] = (member.offset_data, member.size, zlib.crc32(data))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from esam_dist.data.order import Ids, mix
 
@@ -33,7 +34,7 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """A checksum of what the source holds, so that a restart does not mix two sources."""
+        """A checksum of what the source holds, labels included, so that a restart does not mix two sources."""
         ...
 
     def read(self, split: str, sample: int) -> tuple[bytes, str]:
@@ -53,8 +54,13 @@ def held_out(labels: Sequence[int], share: float, seed: int) -> dict[str, Ids]:
 
 
 def digest_of(parts: Iterable[object]) -> str:
-    """A checksum of the text of `parts`."""
+    """A checksum of the text of `parts`: classes, labels, and what tells the images from others."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(f"{part}\n".encode())
+        digest.update(f"{part}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def array_digest(array: NDArray[Any]) -> str:
+    """A checksum of the contents of `array`."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import tarfile
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from esam_dist.checksum import sha256
 from esam_dist.data.augment import centre_box
-from esam_dist.data.dataset import SampleError, Split, open_split, read_description
+from esam_dist.data.dataset import SPLITS, SampleError, Split, open_split
 from esam_dist.data.decode import ImageFile
+from esam_dist.data.prepare.existing import scan_shard
+from esam_dist.data.prepare.processes import results
 from esam_dist.data.shards import read_index
 from esam_dist.errors import UserError
 
@@ -24,19 +25,11 @@ _SAID = 20
 def verify(root: Path, *, workers: int = 0) -> int:
     """Check everything; returns the number of samples. Raises UserError that counts and names what is wrong."""
     total, faults = 0, []
-    for name in read_description(root)["splits"]:
+    for name in SPLITS:
         split = open_split(root, name)
         total += split.num_samples
-        numbers = range(len(split.shards))
-        if workers == 0:
-            found = [shard_faults(split, number) for number in numbers]
-        else:
-            with ProcessPoolExecutor(workers) as pool:
-                found = list(pool.map(shard_faults, [split] * len(numbers), numbers))
-        faults += [fault for part in found for fault in part]
-        listed = read_description(root)["splits"][name]
-        if listed["class_counts"] != np.bincount(split.entries["label"], minlength=len(split.class_names)).tolist():
-            faults.append(f"{name}: class_counts of dataset.json are not those of the shards")
+        for found in results(partial(shard_faults, split), range(len(split.shards)), workers):
+            faults += found
     for fault in faults[:_SAID]:
         log.warning("%s", fault)
     if faults:
@@ -54,10 +47,11 @@ def shard_faults(split: Split, number: int) -> list[str]:
     if sha256(shard) != info.sha256:
         return [f"{shard}: its checksum is not that of its index"]
     faults = []
-    with tarfile.open(shard) as tar:
-        labels = [int(tar.extractfile(member).read()) for member in tar if member.name.endswith(".cls")]  # type: ignore[union-attr]
-    if labels != entries["label"].tolist():
-        faults.append(f"{shard}: its labels are not those of its index")
+    try:
+        if scan_shard(shard).tobytes() != entries.tobytes():
+            faults.append(f"{shard}: its images or labels are not those of its index")
+    except UserError as error:
+        faults.append(str(error))
     out = np.empty((8, 8, 3), np.uint8)
     for sample in range(start, start + info.samples):
         try:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,11 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from esam_dist.data.dataset import DESCRIPTION, FORMAT, SampleError
+from esam_dist.data.dataset import DESCRIPTION, Description, ListedShard, ListedSplit, SampleError
 from esam_dist.data.order import mix
 from esam_dist.data.prepare.encode import Encoding
+from esam_dist.data.prepare.processes import results
 from esam_dist.data.prepare.source import Source
-from esam_dist.data.shards import Sample, finished, read_index, write_shard
+from esam_dist.data.shards import (
+    PARTIAL,
+    Entries,
+    Sample,
+    ShardInfo,
+    finished,
+    read_index,
+    write_shard,
+    written_beside,
+)
 from esam_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -69,7 +77,8 @@ def write_dataset(source: Source, out: Path, plan: Plan, *, workers: int = 0) ->
         log.info("%s: %d of %d shards are there already", out, len(jobs) - len(waiting), len(jobs))
     _write_all(source, out, plan, waiting, workers)
     _describe(source, out, jobs, fingerprint)
-    (out / PLAN).unlink(missing_ok=True)
+    for leftover in (*out.rglob(f"*{PARTIAL}"), out / PLAN):
+        leftover.unlink(missing_ok=True)
 
 
 def _claim(out: Path, fingerprint: dict[str, Any]) -> None:
@@ -99,32 +108,9 @@ def _jobs(source: Source, split: str, plan: Plan) -> Iterator[Job]:
 
 
 def _write_all(source: Source, out: Path, plan: Plan, jobs: list[Job], workers: int) -> None:
-    total = sum(len(job.samples) for job in jobs)
-    write = partial(_write, source, out, plan.encoding)
-    with _Progress(total) as progress:
-        if workers == 0:
-            for job in jobs:
-                progress.add(write(job))
-            return
-        # Forked, so that a source held in memory is not copied to each worker.
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(
-            min(workers, len(jobs) or 1), mp_context=context, initializer=_hold, initargs=(write,)
-        ) as pool:
-            for future in as_completed([pool.submit(_run, job) for job in jobs]):
-                progress.add(future.result())
-
-
-_held: Any = None
-
-
-def _hold(write: Any) -> None:
-    global _held  # noqa: PLW0603  # what a pool's initializer is for
-    _held = write
-
-
-def _run(job: Job) -> int:
-    return int(_held(job))
+    with _Progress(sum(len(job.samples) for job in jobs)) as progress:
+        for num_samples in results(partial(_write, source, out, plan.encoding), jobs, workers):
+            progress.add(num_samples)
 
 
 def _write(source: Source, out: Path, encoding: Encoding, job: Job) -> int:
@@ -145,30 +131,33 @@ def _samples(source: Source, encoding: Encoding, job: Job) -> Iterator[Sample]:
 
 
 def _describe(source: Source, out: Path, jobs: list[Job], fingerprint: dict[str, Any]) -> None:
-    splits: dict[str, Any] = {
-        split: {"samples": 0, "left_out": 0, "class_counts": np.zeros(len(source.class_names), int), "shards": []}
-        for split in source.labels
-    }
-    for job in jobs:
-        info, entries = read_index(job.path(out))
-        split = splits[job.split]
-        split["samples"] += info.samples
-        split["left_out"] += len(job.samples) - info.samples
-        split["class_counts"] += np.bincount(entries["label"], minlength=len(source.class_names))
-        split["shards"].append({"file": job.path(out).name, "samples": info.samples, "sha256": info.sha256})
-    for split in splits.values():
-        split["class_counts"] = split["class_counts"].tolist()
+    splits = {}
+    for split in source.labels:
+        own = [job for job in jobs if job.split == split]
+        parts = [(job.path(out), *read_index(job.path(out))) for job in own]
+        left_out = sum(len(job.samples) for job in own) - sum(info.samples for _, info, _ in parts)
+        splits[split] = list_split(parts, len(source.class_names), left_out=left_out)
     write_description(out, source.name, list(source.class_names), splits, fingerprint)
 
 
+def list_split(parts: Sequence[tuple[Path, ShardInfo, Entries]], num_classes: int, *, left_out: int) -> ListedSplit:
+    """What `dataset.json` shall say of a split with these shards."""
+    labels = np.concatenate([entries["label"] for _, _, entries in parts])
+    return ListedSplit(
+        samples=len(labels),
+        left_out=left_out,
+        class_counts=np.bincount(labels, minlength=num_classes).tolist(),
+        shards=[ListedShard(file=path.name, samples=info.samples, sha256=info.sha256) for path, info, _ in parts],
+    )
+
+
 def write_description(
-    out: Path, name: str, class_names: list[str], splits: dict[str, Any], plan: dict[str, Any]
+    out: Path, name: str, class_names: list[str], splits: dict[str, ListedSplit], plan: dict[str, Any]
 ) -> None:
     """Write `dataset.json`, beside and renamed."""
-    description = {"format": FORMAT, "name": name, "classes": class_names, "splits": splits, "plan": plan}
-    beside = out / f"{DESCRIPTION}.part"
-    beside.write_text(json.dumps(description, indent=1) + "\n")
-    beside.replace(out / DESCRIPTION)
+    description = Description(format=2, name=name, classes=class_names, splits=splits, plan=plan)
+    with written_beside(out / DESCRIPTION) as partial_path:
+        partial_path.write_text(json.dumps(description.model_dump(), indent=1) + "\n")
 
 
 class _Progress:

@@ -1,0 +1,47 @@
+"""Work on many shards at a time, in processes that end with the one that started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def results(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+    """What `work` makes of each of `jobs`, in their order; `workers` 0 works in this process."""
+    if workers == 0:
+        yield from map(work, jobs)
+        return
+    # Forked, so that a source held in memory is not copied to each worker.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(
+        min(workers, len(jobs) or 1), mp_context=context, initializer=_begin, initargs=(work,)
+    ) as pool:
+        yield from pool.map(_call, jobs)
+
+
+_work: Any = None
+
+
+def _begin(work: Any) -> None:
+    global _work  # noqa: PLW0603  # what a pool's initializer is for
+    _work = work
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A parent that was killed cannot tell: its workers would write on, beside those of the run that is started next.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call(job: Any) -> Any:
+    return _work(job)
