@@ -55,8 +55,8 @@ def model_transport() -> list[Row]:
     rows: list[Row] = []
     for network in NETWORKS:
         for W in (W for W in NUM_RANKS if network.most_ranks >= W):
-            # The total: eight bytes, reduced and spread, always by a tree.
-            total = 2 * tree_seconds(network, W, 8) - network.launch
+            # The total: one float32, reduced and spread, always by a tree.
+            total = 2 * tree_seconds(network, W, 4) - network.launch
             for algorithm, seconds in (("ring", ring_seconds), ("tree", tree_seconds)):
                 row = partial(_transport_row, network, algorithm, W)
                 rows += [row("scores", B, 4 * B, seconds(network, W, 4 * B), 0.0) for B in (32, 64, 256, 1024)]
@@ -69,8 +69,9 @@ def _transport_row(
 ) -> Row:
     keys: Row = {"network": network.name, "algorithm": algorithm, "W": W, "transport": transport, "B": B or "any"}
     return keys | {
-        "bytes_sent_per_rank": num_bytes,
-        "bytes_received_per_rank": num_bytes * (W - 1),
+        "bytes_given_per_rank": num_bytes,
+        # On a ring each rank passes on all blocks but its successor's; by doubling it sends 1, 2, 4, ... W / 2 of them.
+        "bytes_sent_per_rank": num_bytes * (W - 1),
         "exposed_microseconds": exposed * 1e6,
         "hidden_microseconds": hidden * 1e6,
     }

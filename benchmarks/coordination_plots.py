@@ -29,7 +29,7 @@ def plot_stragglers(rows: list[Row]) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
-        axis.set_ylabel("samples kept, slowest / mean rank")
+        axis.set_ylabel("samples in the descent, slowest rank / kept by the mean rank")
     for axis in [*axes[1, :3], axes[0, 3]]:
         axis.set_xlabel("ranks")
         axis.tick_params(labelbottom=True)

@@ -31,10 +31,12 @@ def simulate_stragglers(B: int) -> list[Row]:
                 for factor in FACTORS:
                     most = None if factor == math.inf else selection.capacity(gamma, B, factor)
                     kept = [selection.select(scores_WB, gamma, most) for scores_WB in tables]
-                    rows.append(compare(tables, exact, kept, gamma) | _keys(name, W, B, gamma, factor, "passed on"))
+                    keys = _keys(name, W, B, gamma, factor, "passed on")
+                    rows.append(compare(tables, exact, kept, gamma, most) | keys)
                     if factor in (1.25, 1.5):
                         kept = [drop_overflow(*both, most or B) for both in zip(tables, exact, strict=True)]
-                        rows.append(compare(tables, exact, kept, gamma) | _keys(name, W, B, gamma, factor, "dropped"))
+                        keys = _keys(name, W, B, gamma, factor, "dropped")
+                        rows.append(compare(tables, exact, kept, gamma, most) | keys)
                 tilted = [scores_WB - 1e-12 * torch.arange(W).unsqueeze(1) for scores_WB in tables]
                 kept = [selection.select(scores_WB, gamma) for scores_WB in tilted]
                 keys = _keys(name, W, B, gamma, math.inf, "ties to the first ranks")
@@ -48,19 +50,23 @@ def drop_overflow(scores_WB: Tensor, kept_WB: Tensor, capacity: int) -> Tensor:
     return kept_WB & (place_WB < capacity)
 
 
-def compare(tables: list[Tensor], exact: list[Tensor], kept: list[Tensor], gamma: float) -> Row:
+def compare(
+    tables: list[Tensor], exact: list[Tensor], kept: list[Tensor], gamma: float, capacity: int | None = None
+) -> Row:
     """What a choice costs and what it misses of the exact one.
 
-    step_inflation: of a paper step at beta 0.5 (ascent 2.5, scoring 1, descent 3 gamma), with the descent's.
-    rise_kept: sum of the kept rises over the exact choice's.
+    descent_inflation: samples in the slowest rank's descent, over the wanted ones of a mean rank; under a capacity
+    every rank's batch is filled up to it. step_inflation: of a paper step at beta 0.5 (ascent 2.5, scoring 1, descent
+    3 gamma), with the descent's. rise_kept: sum of the kept rises over the exact choice's.
     """
-    inflation = _mean([float(mask.sum(1).max() / mask.sum(1).float().mean()) for mask in kept])
-    total = _mean([int(mask.sum()) / int(best.sum()) for mask, best in zip(kept, exact, strict=True)])
-    slowest = inflation * total
+    W = len(exact[0])
+    slowest = _mean(
+        [(capacity or int(mask.sum(1).max())) * W / int(best.sum()) for mask, best in zip(kept, exact, strict=True)]
+    )
     return {
-        "descent_inflation": inflation,
+        "descent_inflation": slowest,
         "step_inflation": (3.5 + 3 * gamma * slowest) / (3.5 + 3 * gamma),
-        "kept_of_wanted": total,
+        "kept_of_wanted": _mean([int(mask.sum()) / int(best.sum()) for mask, best in zip(kept, exact, strict=True)]),
         "missed_share": _mean(
             [int((best & ~mask).sum()) / int(best.sum()) for mask, best in zip(kept, exact, strict=True)]
         ),

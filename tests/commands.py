@@ -1,6 +1,7 @@
 """The command line in three ways: in this process, on ranks of their own, and under the real launchers."""
 
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -13,7 +14,7 @@ from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from socket import socket
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -90,6 +91,12 @@ def under_deepspeed(*args: object, **env: str) -> Answer:
     """Run the command on two ranks, started by deepspeed."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
     return _started([*launcher, "--module", "esam_dist", *map(str, args)], env)
+
+
+def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of one kind in the metrics of the run in `folder`."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
 def free_port() -> int:

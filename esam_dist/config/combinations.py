@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from esam_dist import selection
 from esam_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -12,10 +13,14 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Raise UserError for the first combination in `config` that is refused."""
-    faults = [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config), *_metrics(config)]
-    for is_refused, reason in faults:
+    for is_refused, reason in faults(config):
         if is_refused:
             raise UserError(reason)
+
+
+def faults(config: Config) -> Faults:
+    """All that is ever refused, in an order that does not depend on `config`: whether it is here, and the words."""
+    return [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config), *_metrics(config)]
 
 
 Faults = list[tuple[bool, str]]
@@ -23,13 +28,15 @@ Faults = list[tuple[bool, str]]
 
 def _out_of_range(config: Config) -> Faults:
     method = config.method
-    faults = [
-        (not 0.0 < value <= 1.0, f"method.{key} = {value:g} is out of range; give a share in (0, 1]")
-        for key, schedule in (("beta", method.beta), ("gamma", method.gamma))
-        for value in schedule.values()
-    ]
-    return faults + [
-        (value < 0.0, f"method.rho = {value:g} is negative; give a radius >= 0") for value in method.rho.values()
+    beta, gamma = (
+        next((value for value in schedule.values() if not 0.0 < value <= 1.0), 1.0)
+        for schedule in (method.beta, method.gamma)
+    )
+    rho = min(method.rho.values())
+    return [
+        (beta != 1.0, f"method.beta = {beta:g} is out of range; give a share in (0, 1]"),
+        (gamma != 1.0, f"method.gamma = {gamma:g} is out of range; give a share in (0, 1]"),
+        (rho < 0.0, f"method.rho = {rho:g} is negative; give a radius >= 0"),
     ]
 
 
@@ -50,7 +57,15 @@ def _optimizer(config: Config) -> Faults:
 def _method(config: Config) -> Faults:
     method, esam = config.method, config.method.name == "esam"
     whole = method.swp == "tensor" and set(method.beta.values()) == {1.0}
+    begins, epochs = method.start_epoch, config.train.epochs
+    size = method.group_size or config.data.batch_size
+    lone = _lone_part(config, size)
     return [
+        (
+            method.name != "sgd" and begins >= epochs,
+            f"method.start_epoch = {begins:g} lies behind the last of train.epochs = {epochs}: no step would be "
+            "sharpness-aware; start sooner, or give method.name = sgd",
+        ),
         (
             method.descent != "kept" and not (esam and whole),
             f"method.descent = {method.descent} recycles the gradient of all weights: it needs method.name = esam, "
@@ -60,6 +75,12 @@ def _method(config: Config) -> Faults:
             method.descent == "recycled_exact" and (method.score != "random" or method.scope != "rank"),
             "method.descent = recycled_exact chooses the samples before any pass: it needs method.score = random "
             "and method.scope = rank",
+        ),
+        (
+            method.descent == "recycled_exact" and lone > 0,
+            "method.descent = recycled_exact passes the samples kept and the rest apart, two or more in each: "
+            f"method.gamma = {method.gamma.plain()} comes to keep {lone} of {size}; give another gamma (as a list it "
+            "passes over values), larger batches, or descent = recycled",
         ),
         (
             method.transport == "thresholds" and method.scope != "global",
@@ -95,6 +116,17 @@ def _method(config: Config) -> Faults:
             "method.name = msam perturbs along the momentum: give optim.momentum > 0",
         ),
     ]
+
+
+def _lone_part(config: Config, size: int) -> int:
+    """How many of `size` samples are kept when these, or the rest, are a single one, if it ever comes to that; else 0.
+
+    A rest of none is fine: there is nothing to recycle then.
+    """
+    schedule = config.method.gamma
+    numbers = [selection.num_kept(gamma, size) for gamma in schedule.values()]
+    visited = range(min(numbers), max(numbers) + 1) if schedule.linear else numbers
+    return next((kept for kept in visited if kept < size and min(kept, size - kept) == 1), 0)
 
 
 def _engine(config: Config) -> Faults:

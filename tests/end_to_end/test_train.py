@@ -17,7 +17,17 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from esam_dist.checkpoint import read
-from tests.commands import TIMEOUT_SECONDS, alone, environment, free_port, here, on_ranks, under_deepspeed, wait_for
+from tests.commands import (
+    TIMEOUT_SECONDS,
+    alone,
+    environment,
+    free_port,
+    here,
+    on_ranks,
+    rows,
+    under_deepspeed,
+    wait_for,
+)
 
 # A busy machine takes its time to import torch eight times.
 pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS)
@@ -65,11 +75,6 @@ def zero1(tiny, tmp_path_factory):
     answer = under_deepspeed("train", tiny, f"run.folder={folder}", "engine.name=deepspeed", "engine.zero_stage=1")
     assert answer.status == 0, answer.err
     return folder
-
-
-def rows(folder, kind="train"):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
 def repeatable(folder):
@@ -233,12 +238,6 @@ def test_a_finished_run_says_so_and_stays_as_it_is(tiny, tmp_path, caplog):
         assert [here(*arguments).status, here(*arguments).status] == [0, 0]
     assert "nothing is left to do" in caplog.text
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
-
-
-@pytest.mark.parametrize("method", ["sgd", "sam"])
-def test_other_methods_train_by_the_same_command(tiny, tmp_path, method):
-    assert here("train", tiny, f"run.folder={tmp_path}", f"method.name={method}", "train.max_steps=2").status == 0
-    assert [row["kept_fraction"] for row in rows(tmp_path)] == [1.0, 1.0]
 
 
 def test_sigterm_to_one_rank_stops_all_after_a_checkpoint(tiny, tmp_path):

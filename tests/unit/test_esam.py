@@ -1,6 +1,7 @@
 """One step in one process, against hand results and plain autograd."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,35 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from esam_dist import config
-from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
-from esam_dist.engine.native import NativeEngine
 from esam_dist.errors import UserError
-from esam_dist.esam import Memory, esam_step
-from esam_dist.models import Classifier, build_model
-from esam_dist.ranks import Ranks
+from esam_dist.models import build_model
 from esam_dist.rule import Rule
 from esam_dist.score import find_head, head_rise, targets_of
-
-LR = 0.1
-
-
-def sam_rule(**changes):
-    return Rule(**({"name": "esam", "rho": 0.3, "radius": 0.3} | changes))
-
-
-def step(network, batch, rule, momentum=0.0, optimizer=None, memory=None, seed=(0,)):
-    classifier = Classifier(network)
-    optimizer = optimizer or torch.optim.SGD(classifier.parameters(), LR, momentum=momentum)
-    engine = NativeEngine(classifier, optimizer, Ranks())
-    clock = PhaseClock(torch.device("cpu"))
-    return esam_step(engine, batch, rule, lr=LR, ranks=Ranks(), seed=seed, clock=clock, memory=memory or Memory())
-
-
-def digits_batch(size=12, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, 8, 8, generator=generator).to(dtype)
-    return Batch(images, torch.randint(10, (size,), generator=generator))
+from tests.steps import LR, Trial, digits_batch, sam_rule, same, step
 
 
 class Quadratic(nn.Module):
@@ -154,18 +132,6 @@ def test_weights_are_restored_when_the_descent_fails():
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("score", ["forward", "head", "loss", "random"])
-def test_batchnorm_statistics_move_once_at_the_unperturbed_weights(score):
-    batch = digits_batch()
-    torch.manual_seed(0)
-    network = build_model("cifar_resnet8", 10)
-    reference = copy.deepcopy(network).train()
-    reference(batch.images)
-    step(network, batch, sam_rule(gamma=0.5, score=score))
-    for (name, buffer), expected in zip(network.named_buffers(), reference.buffers(), strict=True):
-        assert torch.equal(buffer, expected), name
-
-
 def test_dropout_is_replayed_for_the_scores():
     """With a radius next to 0 nothing rises, unless dropout was drawn anew."""
 
@@ -230,11 +196,59 @@ def test_parameters_that_a_pass_does_not_use_stay_unperturbed():
         def forward(self, x):
             return self.used(x.flatten(1))
 
-    network = Branch()
-    before = network.unused.weight.detach().clone()
-    stats = step(network, digits_batch(), sam_rule())
-    assert float(stats.sharpness) > 0.0
-    assert torch.equal(network.unused.weight, before)
+    trial = Trial(Branch())
+    trial.train(digits_batch(), sam_rule())
+    at_w, at_w_plus_eps = trial.passes.weights
+    moved = [not torch.equal(*both) for both in zip(at_w, at_w_plus_eps, strict=True)]
+    assert moved == [True, True, False, False]
+    # Alone they are moved by the whole radius.
+    difference = torch.cat([(b - a).flatten() for a, b in zip(at_w[:2], at_w_plus_eps[:2], strict=True)])
+    assert float(difference.norm()) == pytest.approx(0.3, rel=1e-5)
+    assert same(trial.at_update[0], at_w)
+
+
+class Linear(nn.Module):
+    """No BatchNorm: what a sample is has no part in what others become."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(192, 10)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize("transport", ["scores", "thresholds"])
+@pytest.mark.parametrize("place", [0, 5, 11])
+def test_padding_up_to_the_capacity_lets_no_sample_in_that_is_not_finite(place, transport):
+    torch.manual_seed(0)
+    network, batch = Linear(), digits_batch()
+    without = copy.deepcopy(network)
+    batch.images[place] = torch.nan
+    rule = sam_rule(gamma=0.5, scope="global", transport=transport, num_quantiles=12, score="loss")
+    outcomes = []
+    for one, factor in ((network, 1.5), (without, 0.0)):
+        trial = Trial(one)
+        stats = trial.train(batch, replace(rule, capacity_factor=factor))
+        assert stats.skipped  # the sample has its part in the ascent
+        assert stats.num_kept == 6
+        assert all(grad.isfinite().all() for grad in trial.grads[0])
+        outcomes.append(trial.grads[0])
+    for padded, exact in zip(*outcomes, strict=True):
+        torch.testing.assert_close(padded, exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"scope": "rank"}, {"scope": "global"}, {"scope": "global", "capacity_factor": 1.0}],
+    ids=["rank", "global", "capacity"],
+)
+def test_a_single_kept_sample_passes_a_network_whose_last_maps_are_single_pixels(choices):
+    network = build_model("resnet18", 10)
+    images = torch.randn(4, 3, 32, 32)
+    stats = step(network, Batch(images, torch.tensor([0, 1, 2, 3])), sam_rule(gamma=0.25, score="loss", **choices))
+    assert stats.num_kept == 1
+    assert all(param.isfinite().all() for param in network.parameters())
 
 
 @pytest.mark.parametrize("gamma", [0.01, 0.34, 0.5, 0.99])

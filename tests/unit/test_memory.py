@@ -5,6 +5,8 @@ Storages below 1 KiB are left out: losses, scores, labels, scalars. Every parame
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,6 +105,9 @@ def sharp(name: str = "esam", **choices: object) -> Rule:
     return Rule(name, rho=0.05, radius=0.05, **choices)
 
 
+LOOKSAM = sharp("looksam", descent="looksam", alpha=0.2)
+
+
 def test_sgd_holds_nothing():
     assert Trial(wide()).held_by_descent(Rule()) == 0
 
@@ -180,13 +185,19 @@ def test_where_activations_dominate_a_mask_on_elements_needs_the_logits_more_tha
         (sharp(beta=0.5, gamma=0.5, swp="element"), 0),
         (sharp(gamma=0.25, score="random", descent="recycled"), 2),
         (sharp(gamma=0.25, score="random", descent="recycled_exact"), 2),
+        (sharp("gsam", descent="gsam", alpha=0.2), 5),
+        (LOOKSAM, 4),
+        (replace(LOOKSAM, reuses=True), 2),
     ],
     ids=lambda value: f"{value.name}-{value.swp}-{value.descent}" if isinstance(value, Rule) else f"{value}",
 )
 def test_where_weights_dominate_the_peak_is_so_many_copies_above_sgd(rule, copies):
     trial = Trial(wide())
-    extra = trial.peak(rule) - trial.peak(Rule())
-    assert round(extra / trial.weights, 1) == copies
+    plain = trial.peak(Rule())
+    if rule.reuses:
+        trial.step(LOOKSAM)
+    # Passes and update peak at different times: what is left beside whole copies is two activations at most.
+    assert abs(trial.peak(rule) - plain - copies * trial.weights) <= 2 * B * WIDTH * torch.float32.itemsize
 
 
 def test_the_count_sees_a_copy_too_many(monkeypatch):
