@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,6 +18,31 @@ SETTINGS = {
     # waits for it in vain, and ends the whole job after a minute.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
+
+
+def environment(job: Job) -> dict[str, str]:
+    """What torchrun has to find in its environment; deepspeed needs nothing."""
+    if job.launcher != "torchrun":
+        return {}
+    defaults = {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(job.grace_seconds),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // job.ranks_per_node)),
+    }
+    return SETTINGS | {name: os.environ.get(name, value) for name, value in defaults.items()}
+
+
+def printed(job: Job, words: list[str]) -> str:
+    """`words` for a shell, with the environment that they need, and in comments what `launch` does besides."""
+    besides = [
+        "checks data, ports and GPUs of this node first",
+        *(["compares versions and configurations of all nodes"] if job.compared else []),
+        *(["gives up a rendezvous that does not answer for a minute"] if "--rdzv-backend=c10d" in words else []),
+        *(["does not restart ranks that end with status 2"] if job.launcher == "torchrun" and job.max_restarts else []),
+        *(["shows the ranks' logs"] if job.launcher == "deepspeed" else []),
+    ]
+    settings = [f"{name}={value}" for name, value in environment(job).items()]
+    command = shlex.join([*(["env"] if settings else []), *settings, *words])
+    return "".join(f"# launch also {line}\n" for line in besides) + command
 
 
 def command(job: Job, logs: Path, facts: dict[str, str]) -> list[str]:

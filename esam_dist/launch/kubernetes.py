@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import shutil
 import subprocess
@@ -15,39 +15,39 @@ import yaml
 from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.launch.arguments import Job
+from esam_dist.launch.sizes import Sizes, resize
 
 FOLDER = Path(__file__).resolve().parents[2] / "launch" / "kubernetes"
 
 
-def render(job: Job, cfg: config.Config, overlay: str, image: str | None, namespace: str | None) -> str:
+def render(args: argparse.Namespace, job: Job, cfg: config.Config) -> str:
     """The YAML that `kubectl apply -f -` takes. Raises UserError where the overlay or kubectl is missing."""
+    overlay = args.overlay or "base"
     source = _find(overlay)
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         raise UserError("--with kubernetes: kubectl is not on the PATH; install it (no cluster is needed to render)")
     if job.elastic:
-        raise UserError(f"--nnodes {job.min_nodes}:{job.max_nodes}: a Kubernetes job has a fixed size; give one number")
+        raise UserError(f"--nnodes {args.nnodes}: a Kubernetes job has a fixed size; give one number")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.yaml").write_text(config.dump(cfg))
-        text = yaml.safe_dump(kustomization(job, os.path.relpath(source, folder), image, namespace), sort_keys=False)
-        (Path(folder) / "kustomization.yaml").write_text(text)
+        values = kustomization(os.path.relpath(source, folder), args.image, args.namespace)
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         done = subprocess.run([kubectl, "kustomize", folder], check=False, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"--overlay {overlay}: kubectl cannot render it ({' '.join(done.stderr.split())})")
-    return done.stdout
+    resources = list(yaml.safe_load_all(done.stdout))
+    nodes = None if args.nnodes is None else job.max_nodes
+    resize(resources, Sizes(nodes, job.ranks_per_node or None, args.max_restarts, args.grace))
+    return yaml.dump_all(resources, Dumper=_Blocks, sort_keys=False)
 
 
-def kustomization(job: Job, source: str, image: str | None, namespace: str | None) -> dict[str, Any]:
-    """What has to change in the overlay at `source`: everything else stays as it is written there."""
-    settings = [f"NODES={job.max_nodes}", f"RANKS_PER_NODE={job.ranks_per_node}"]
+def kustomization(source: str, image: str | None, namespace: str | None) -> dict[str, Any]:
+    """The overlay at `source` with this job's configuration, image and namespace."""
     values: dict[str, Any] = {
         "resources": [source],
-        "configMapGenerator": [
-            {"name": "esam-config", "behavior": "merge", "files": ["config.yaml"]},
-            {"name": "esam-settings", "behavior": "merge", "literals": settings},
-        ],
+        "configMapGenerator": [{"name": "esam-config", "behavior": "merge", "files": ["config.yaml"]}],
         "generatorOptions": {"disableNameSuffixHash": True},
-        "patches": [_sized(kind, paths, job) for kind, paths in SIZES.items()],
     }
     if image:
         path, slash, last = image.rpartition("/")  # a colon before the last slash is a port
@@ -58,18 +58,13 @@ def kustomization(job: Job, source: str, image: str | None, namespace: str | Non
     return values
 
 
-SIZES = {
-    "Job": ("/spec/parallelism", "/spec/completions"),
-    "JobSet": tuple(f"/spec/replicatedJobs/0/template/spec/{key}" for key in ("parallelism", "completions")),
-    "TrainJob": ("/spec/trainer/numNodes",),
-}
+class _Blocks(yaml.SafeDumper):
+    """Writes texts of several lines as they are."""
 
 
-def _sized(kind: str, paths: tuple[str, ...], job: Job) -> dict[str, Any]:
-    changes = [{"op": "replace", "path": path, "value": job.max_nodes} for path in paths]
-    if kind == "TrainJob":
-        changes += [{"op": "replace", "path": "/spec/trainer/numProcPerNode", "value": job.ranks_per_node}]
-    return {"target": {"kind": kind}, "patch": json.dumps(changes)}
+_Blocks.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, "|" if "\n" in text else None)
+)
 
 
 def _find(overlay: str) -> Path:

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
     RendezvousConnectionError,
     RendezvousHandler,
     RendezvousParameters,
+    RendezvousTimeoutError,
     rendezvous_handler_registry,
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
@@ -31,6 +33,21 @@ def register() -> str:
     """Make the rendezvous known to torchrun in this process; returns its name, for `--rdzv-backend`."""
     rendezvous_handler_registry.register(NAME, _create)
     return NAME
+
+
+def explained(error: Exception) -> str:
+    """What `error`, one of a rendezvous, means to the user, in one line."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, RendezvousTimeoutError):
+        return "too few nodes came in time; start this command on every node"
+    if isinstance(error, RendezvousClosedError):
+        return "another node has ended the job, and its log says why; start the job again on every node"
+    if isinstance(error, RendezvousConnectionError):
+        return (
+            f"this node lost it ({reason}): its network, or node 0, is down; the other nodes go on where the job is "
+            "elastic. Start this command again to join them"
+        )
+    return f"{reason}; start the job again on every node"
 
 
 def _create(parameters: RendezvousParameters) -> RendezvousHandler:

@@ -33,7 +33,7 @@ trap 'rm -f "$$stopped"' EXIT
 # cpus-per-task: srun does not take it over from sbatch.
 srun --kill-on-bad-exit=1 $${SLURM_CPUS_PER_TASK:+--cpus-per-task="$$SLURM_CPUS_PER_TASK"} bash -c 'trap : TERM
     python -m esam_dist launch \\
-        --nnodes="$$SLURM_NNODES" --node-rank="$$SLURM_NODEID"$ranks \\
+        --nnodes="$$SLURM_NNODES" --node-rank="$$SLURM_NODEID"$sizes \\
         --rendezvous="$$0" --name="$$SLURM_JOB_NAME-$$SLURM_JOB_ID" --grace=$grace \\
         --logs="$logs" $config && exit
     status=$$?
@@ -62,7 +62,8 @@ def render(job: Job, logs: Path, options: list[str]) -> str:
         name=job.name,
         nodes=job.max_nodes,
         each=f"{job.ranks_per_node} rank(s)" if job.ranks_per_node else "a rank per GPU",
-        ranks=f" --nproc-per-node={job.ranks_per_node}" if job.ranks_per_node else "",
+        sizes=(f" --nproc-per-node={job.ranks_per_node}" if job.ranks_per_node else "")
+        + (f" --max-restarts={job.max_restarts}" if job.max_restarts else ""),
         grace=job.grace_seconds,
         logs=logs,
         config=" ".join(f'"{word}"' for word in words),

@@ -19,6 +19,7 @@ from esam_dist import config
 from esam_dist.launch import checks, compose, kubernetes, meet, slurm
 from esam_dist.launch.arguments import Job, job
 from esam_dist.launch.follow import follow, sizes
+from esam_dist.launch.signals import end_on_signals
 
 log = logging.getLogger("esam_dist")
 
@@ -33,55 +34,50 @@ def run(args: argparse.Namespace) -> int:
     wanted = job(args)
     cfg = config.load(wanted.config, list(wanted.overrides))
     if wanted.launcher == "kubernetes":
-        print(kubernetes.render(wanted, cfg, args.overlay, args.image, args.namespace), end="")  # noqa: T201
+        print(kubernetes.render(args, wanted, cfg), end="")  # noqa: T201
         return 0
     logs = args.logs or cfg.run.folder / "logs"
     if wanted.launcher == "slurm":
-        print(slurm.render(wanted, logs, args.sbatch), end="")  # noqa: T201
+        print(slurm.render(wanted, logs, args.sbatch or []), end="")  # noqa: T201
         return 0
     facts = checks.versions(cfg)
     words = compose.command(wanted, logs, facts)
     if args.dry_run:
-        print(shlex.join(words))  # noqa: T201
+        print(compose.printed(wanted, words))  # noqa: T201
         return 0
+    end_on_signals()
     if not args.no_checks:
         checks.check(wanted, cfg)
-        if (wanted.fixed and wanted.launcher == "torchrun") or not wanted.ssh:
-            meet.compare(wanted, facts)
+    checks.make_logs(logs)
+    if wanted.compared and not args.no_checks:
+        meet.compare(wanted, facts)
     log.info("starting %s", shlex.join(words))
-    logs.mkdir(parents=True, exist_ok=True)
     return start_torchrun(wanted, words) if wanted.launcher == "torchrun" else start_deepspeed(wanted, words, logs)
 
 
 def start_torchrun(wanted: Job, words: list[str]) -> int:
     """Run torchrun's agent in this process, which alone tells how its ranks ended."""
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from esam_dist.launch import rendezvous
+    from esam_dist.launch import agent, rendezvous
 
-    os.environ.update(compose.SETTINGS)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(wanted.grace_seconds))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // wanted.ranks_per_node)))
+    os.environ.update(compose.environment(wanted))
     arguments = torchrun.parse_args(words[words.index("torch.distributed.run") + 1 :])  # type: ignore[no-untyped-call]
     if arguments.rdzv_backend == "c10d":
         arguments.rdzv_backend = rendezvous.register()
+    agent.register()
     try:
         torchrun.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         log.error("rank %d ended with exit status %d; its log says why", rank, failure.exitcode)
         return _status(failure.exitcode)
-    except RendezvousConnectionError as error:
-        log.error(
-            "this node lost the rendezvous at %s:%d (%s): its network, or node 0, is down; the other nodes go on where "
-            "the job is elastic. Start this command again to join them",
-            wanted.host,
-            wanted.port,
-            error,
-        )
+    except (RendezvousError, DistError) as error:
+        log.error("the rendezvous at %s:%d failed: %s", wanted.host, wanted.port, rendezvous.explained(error))
         return LOST
     except SignalException as error:
         return 128 + error.sigval
@@ -98,7 +94,7 @@ def start_deepspeed(wanted: Job, words: list[str], logs: Path) -> int:
     shown.start()
     process = subprocess.Popen(words, start_new_session=True)
     with _signals_to_group(process.pid) as received:
-        status = _status(process.wait())
+        status = _status_of_runner(process.wait())
         _wait_for_group(process.pid, wanted.grace_seconds)
     over.set()
     shown.join()
@@ -133,3 +129,9 @@ def _wait_for_group(group: int, seconds: float) -> None:
 
 def _status(returncode: int) -> int:
     return 128 - returncode if returncode < 0 else returncode
+
+
+def _status_of_runner(returncode: int) -> int:
+    # DeepSpeed's launcher exits with -N for a rank that signal N ended, of which 256 - N arrives; 255 is ssh's own.
+    number = 256 - returncode
+    return 128 + number if 1 < number < signal.NSIG else _status(returncode)

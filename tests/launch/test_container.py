@@ -1,4 +1,4 @@
-"""The image: linted; then built and run for real, without a Docker engine and without an image registry."""
+"""The image, built and run for real, without a Docker engine and without an image registry."""
 
 import json
 import os
@@ -29,39 +29,19 @@ inside=({inside})
 exec 2>&1
 {script}
 """
-# The job is process 1 of a namespace, which no signal without a handler ends. The health check fails before the run and
-# passes while it trains; SIGTERM then ends it in order.
+# The job is process 1 of a namespace, which no signal without a handler ends. The health check passes where nobody
+# listens yet (test_container_files.py sees it fail) and while the job trains; SIGTERM then ends it in order.
 TRAIN = """
 "${{inside[@]}}" touch /var/tmp/new && exit 1
-"${{inside[@]}}" {health} && exit 1
+"${{inside[@]}}" {health}
 unshare --pid --fork --kill-child "${{inside[@]}}" esam-dist launch --nproc-per-node=2 configs/digits_esam.yaml \\
     data.path=/mnt/data run.folder=/mnt/runs/digits metrics.port=9400 train.log_every=2 train.max_steps=100000 &
 until grep -qs train {rows}; do sleep 1; kill -0 $!; done
 "${{inside[@]}}" {health}
+"${{inside[@]}}" python -c "import urllib.request as r; r.urlopen('http://127.0.0.1:9400/healthz', timeout=10)"
 kill -TERM $(cat /proc/$!/task/$!/children)
 wait $!
 """
-
-
-def test_dockerfile_passes_the_linter():
-    done = subprocess.run(
-        [tool("hadolint"), str(ROOT / "docker/Dockerfile")], check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout
-
-
-def test_requirements_are_the_tested_versions_and_cover_the_dependencies():
-    lines = [
-        line.split("#")[0].strip().lower().replace("_", "-")
-        for name in ("requirements-torch.txt", "requirements.txt")
-        for line in (ROOT / "docker" / name).read_text().splitlines()
-    ]
-    pinned = {line for line in lines if line}
-    assert pinned <= {line.strip().lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    text = (ROOT / "pyproject.toml").read_text()
-    declared = text[text.index("dependencies = [") : text.index("]", text.index("dependencies = ["))]
-    wanted = {line.strip(' ",').split(">")[0].lower() for line in declared.splitlines()[1:] if line.strip()}
-    assert wanted <= {line.partition("==")[0] for line in pinned}
 
 
 class Image:

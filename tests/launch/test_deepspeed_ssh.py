@@ -1,15 +1,13 @@
 """DeepSpeed over ssh: its runner on one host starts the ranks on three, each behind a server of its own."""
 
 import contextlib
-import os
-import sys
 from pathlib import Path
 
 import pytest
 from hosts import hosts
 from servers import ROOT, tool, until
 from ssh import ssh_between
-from test_several_nodes import NAMES, launch, rows
+from test_several_nodes import NAMES, launch, rows, script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -23,14 +21,15 @@ def three(tmp_path):
 @pytest.fixture
 def over_ssh(tmp_path, three):
     """A function that starts a command on the first host, from which it reaches all three by ssh."""
-    tool("pdsh")
+    for needed in ("pdsh", "pkill"):
+        tool(needed)
     (tmp_path / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
     # what DeepSpeed passes on of the environment is PYTHONPATH, and this file in the folder that it is started in
     (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
     with ssh_between(three, tmp_path / "ssh") as mounts:
 
-        def begin(command, **env):
-            env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
+        def begin(command):
+            env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             return three[0].start(command, tmp_path / "alpha.log", mounts=mounts, env=env, cwd=tmp_path)
 
         yield begin
@@ -59,26 +58,17 @@ def ranks_on(host):
 
 
 def by_script(digits, tmp_path, *overrides):
-    words = [str(digits / "config.yaml"), f"run.folder={tmp_path / 'run'}", "engine.name=deepspeed", *overrides]
-    return [str(ROOT / "launch/deepspeed/hostfile.sh"), *words]
-
-
-def script_env(tmp_path):
-    return {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOSTFILE": str(tmp_path / "hostfile"),
-        "HEAD": "alpha",
-        "LOGS": str(tmp_path / "logs"),
-    }
+    overrides = ["engine.name=deepspeed", *overrides]
+    return script("deepspeed/hostfile.sh", digits, tmp_path, overrides, HOSTFILE=tmp_path / "hostfile")
 
 
 def test_script_trains_and_tells_what_the_user_got_wrong(tmp_path, digits, over_ssh):
-    wrong = over_ssh(by_script(digits, tmp_path, "method.gamma=2"), **script_env(tmp_path))
+    wrong = over_ssh(by_script(digits, tmp_path, "method.gamma=2"))
     assert wrong.wait(200) == 2, (tmp_path / "alpha.log").read_text()
     told = "".join(path.read_text() for path in (tmp_path / "logs").glob("*.log"))
     assert "esam-dist: error: method.gamma = 2 is out of range" in told
     assert "Traceback" not in told
-    process = over_ssh(by_script(digits, tmp_path, "train.max_steps=6"), **script_env(tmp_path))
+    process = over_ssh(by_script(digits, tmp_path, "train.max_steps=6"))
     assert process.wait(500) == 0, (tmp_path / "alpha.log").read_text()
     assert rows(tmp_path)[-1]["samples"] == 6 * 16 * 3
 

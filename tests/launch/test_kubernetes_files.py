@@ -29,14 +29,17 @@ def rendered(overlay):
     return named
 
 
-def pod_template(overlay):
-    resources = rendered(overlay)
+def job_spec(resources):
+    """The specification of the Job among {kind/name: resource}, or of that which a controller makes."""
     if "Job/esam" in resources:
-        return resources["Job/esam"]["spec"]["template"]
+        return resources["Job/esam"]["spec"]
     if "JobSet/esam" in resources:
-        return resources["JobSet/esam"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
-    jobs = resources["TrainingRuntime/esam"]["spec"]["template"]["spec"]["replicatedJobs"]
-    return jobs[0]["template"]["spec"]["template"]
+        return resources["JobSet/esam"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    return resources["TrainingRuntime/esam"]["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+def pod_template(overlay):
+    return job_spec(rendered(overlay))["template"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -112,16 +115,69 @@ def test_arguments_are_options_that_launch_knows(overlay):
     config.parse(values, overlay)
 
 
-@pytest.mark.parametrize("overlay", ["base", "overlays/cpu-smoke", "overlays/imagenet", "overlays/jobset"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_users_mistake_fails_the_job_and_preemption_does_not_count(overlay):
-    resources = rendered(overlay)
-    job = resources.get("Job/esam") or resources["JobSet/esam"]["spec"]["replicatedJobs"][0]["template"]
-    fail, ignore = job["spec"]["podFailurePolicy"]["rules"]
+    job = job_spec(rendered(overlay))
+    fail, ignore = job["podFailurePolicy"]["rules"]
     assert fail["action"] == "FailJob"
     assert fail["onExitCodes"] == {"containerName": "node", "operator": "In", "values": [2]}
     assert ignore["action"] == "Ignore"
     assert ignore["onPodConditions"][0]["type"] == "DisruptionTarget"
-    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["template"]["spec"]["restartPolicy"] == "Never", "the API server takes such a policy with no other"
+    if overlay != "overlays/kubeflow-trainer":  # whose controller sets it
+        assert job["completionMode"] == "Indexed"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_gpus_are_as_many_as_ranks_and_only_the_smoke_test_has_none(overlay):
+    spec = pod_template(overlay)["spec"]
+    resources = spec["containers"][0]["resources"]
+    ranks = rendered(overlay)["ConfigMap/esam-settings"]["data"]["RANKS_PER_NODE"]
+    if overlay == "overlays/cpu-smoke":
+        assert "nvidia.com/gpu" not in str(spec)
+        return
+    assert resources["limits"]["nvidia.com/gpu"] == ranks
+    assert resources["limits"]["memory"] == resources["requests"]["memory"]
+    assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_loaders_have_shared_memory_in_memory_within_the_pods_own(overlay):
+    spec = pod_template(overlay)["spec"]
+    (volume,) = (volume for volume in spec["volumes"] if volume["name"] == "shared-memory")
+    assert volume["emptyDir"]["medium"] == "Memory"
+    mounts = {mount["name"]: mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
+    assert mounts["shared-memory"] == "/dev/shm"
+    size, limit = volume["emptyDir"]["sizeLimit"], spec["containers"][0]["resources"]["limits"]["memory"]
+    assert int(size.removesuffix("Gi")) >= 1
+    assert int(size.removesuffix("Gi")) < int(limit.removesuffix("Gi")), "it counts as memory of the pod"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_are_placed_and_told_what_nccl_needs(overlay):
+    template = pod_template(overlay)
+    affinity, labels = template["spec"]["affinity"], template["metadata"]["labels"]
+    where = {}
+    for kind, terms in affinity.items():
+        (term,) = terms["preferredDuringSchedulingIgnoredDuringExecution"]
+        where[kind] = term["podAffinityTerm"]["topologyKey"]
+        assert term["podAffinityTerm"]["labelSelector"]["matchLabels"].items() <= labels.items()
+    assert where == {"podAntiAffinity": "kubernetes.io/hostname", "podAffinity": "topology.kubernetes.io/zone"}
+    env = {entry["name"]: entry.get("value") for entry in template["spec"]["containers"][0]["env"]}
+    assert env["NCCL_SOCKET_IFNAME"] == "eth0"
+    assert env["NCCL_DEBUG"] == "WARN"
+    assert env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
+
+
+def test_claim_of_the_data_can_be_filled_and_the_run_only_reads_it():
+    for name in ("esam-data", "esam-runs"):
+        claim = rendered("overlays/imagenet")[f"PersistentVolumeClaim/{name}"]
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    mounts = pod_template("overlays/imagenet")["spec"]["containers"][0]["volumeMounts"]
+    assert {mount["name"]: mount.get("readOnly", False) for mount in mounts if mount["name"] in ("data", "runs")} == {
+        "data": True,
+        "runs": False,
+    }
 
 
 @pytest.mark.parametrize("overlay", ["base", "overlays/cpu-smoke", "overlays/imagenet"])
@@ -144,24 +200,39 @@ def test_smoke_overlay_needs_no_storage_of_the_cluster():
     assert set(volumes) == {volume["name"] for volume in pod_template("base")["spec"]["volumes"]}
 
 
-def test_one_metrics_port_per_rank_is_declared_and_scraped():
-    container = pod_template("overlays/imagenet")["spec"]["containers"][0]
-    ports = {entry["name"]: entry["containerPort"] for entry in container["ports"] if "metrics" in entry["name"]}
-    assert ports == {f"metrics-{rank}": 9400 + rank for rank in range(8)}
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_one_metrics_port_per_rank_is_declared_and_scraped(overlay):
+    template = pod_template(overlay)
+    ranks = int(rendered(overlay)["ConfigMap/esam-settings"]["data"]["RANKS_PER_NODE"])
+    ports = {entry["name"]: entry["containerPort"] for entry in template["spec"]["containers"][0]["ports"]}
+    assert ports == {f"metrics-{rank}": 9400 + rank for rank in range(ranks)}
     monitor = rendered("overlays/prometheus-operator")["PodMonitor/esam"]["spec"]
-    assert [entry["port"] for entry in monitor["podMetricsEndpoints"]] == sorted(ports)
-    assert monitor["selector"]["matchLabels"].items() <= pod_template("base")["metadata"]["labels"].items()
+    assert set(ports) <= {entry["port"] for entry in monitor["podMetricsEndpoints"]}
+    assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    # with a port named there, that one alone would be scraped
+    scraped = {"prometheus.io/scrape": "true", "prometheus.io/path": "/metrics"}
+    assert template["metadata"]["annotations"] == ({} if overlay == "overlays/prometheus-operator" else scraped)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_network_policy_closes_all_but_the_run_and_its_metrics(overlay):
+def test_network_policy_closes_all_but_the_run_its_metrics_and_names(overlay):
     policy = rendered(overlay)["NetworkPolicy/esam"]["spec"]
-    labels = pod_template(overlay)["metadata"]["labels"]
-    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
-    own, monitoring = policy["ingress"]
-    assert own["from"][0]["podSelector"]["matchLabels"].items() <= labels.items()
-    assert monitoring["ports"] == [{"protocol": "TCP", "port": 9400, "endPort": 9407}]
-    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    run = policy["podSelector"]["matchLabels"]
+    assert run
+    assert run.items() <= pod_template(overlay)["metadata"]["labels"].items()
+    own = {"podSelector": {"matchLabels": run}}
+    namespace = {
+        name: {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+        for name in ("monitoring", "kube-system")
+    }
+    metrics = [{"protocol": "TCP", "port": 9400, "endPort": 9407}]
+    names = [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
+    assert policy == {
+        "podSelector": {"matchLabels": run},
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"from": [own]}, {"from": [namespace["monitoring"]], "ports": metrics}],
+        "egress": [{"to": [own]}, {"to": [namespace["kube-system"]], "ports": names}],
+    }
 
 
 def test_jobset_runs_the_bases_pods_and_its_meeting_point_is_its_pod_zero():
@@ -198,26 +269,3 @@ def test_prometheus_rule_and_dashboard_are_the_files_of_the_repository():
     dashboard = resources["ConfigMap/esam-dashboard"]
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert dashboard["data"]["dashboard.json"] == (ROOT / "launch/grafana/dashboard.json").read_text()
-    assert not pod_template("overlays/prometheus-operator")["metadata"]["annotations"]
-
-
-@pytest.mark.parametrize("overlay", ["base", "jobset", "kubeflow-trainer"])
-def test_launch_renders_the_job_for_one_config(overlay, tmp_path, capsys):
-    tool("kubectl")
-    path = tmp_path / "mine.yaml"
-    path.write_text("train: {epochs: 3}\n")
-    parser = argparse.ArgumentParser()
-    launch.add_arguments(parser)
-    options = ["--with=kubernetes", "--nnodes=5", "--nproc-per-node=4", "--image=host:5000/esam:7"]
-    assert launch.run(parser.parse_args([*options, "--namespace=train", f"--overlay={overlay}", str(path)])) == 0
-    text = capsys.readouterr().out
-    resources = {resource["kind"]: resource for resource in yaml.safe_load_all(text) if resource["kind"] != "ConfigMap"}
-    assert {resource["metadata"]["namespace"] for resource in resources.values()} == {"train"}
-    assert "image: host:5000/esam:7" in text
-    assert "epochs: 3" in text
-    if overlay == "kubeflow-trainer":
-        assert resources["TrainJob"]["spec"]["trainer"] == {"numNodes": 5, "numProcPerNode": 4}
-        return
-    assert 'NODES: "5"' in text
-    job = resources.get("Job") or resources["JobSet"]["spec"]["replicatedJobs"][0]["template"]
-    assert (job["spec"]["parallelism"], job["spec"]["completions"]) == (5, 5)

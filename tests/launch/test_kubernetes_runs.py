@@ -139,9 +139,9 @@ def test_rendered_pods_train_the_digits(overlay, digits, tmp_path):
         until(lambda: all(pod.probe(container, "startup") for pod in pods), 400, "both pods have started")
         until(lambda: all(pod.probe(container, "readiness") for pod in pods), 120, "both pods are ready")
         assert all(pod.probe(container, "liveness") for pod in pods)
-        annotations = template["metadata"]["annotations"]
-        port, path = annotations["prometheus.io/port"], annotations["prometheus.io/path"]
-        pages = [pods[0].fetch(f"http://{pod.host.address}:{port}{path}") for pod in pods]
+        path = template["metadata"]["annotations"]["prometheus.io/path"]
+        (port,) = container["ports"]  # all that are declared are scraped
+        pages = [pods[0].fetch(f"http://{pod.host.address}:{port['containerPort']}{path}") for pod in pods]
         assert all("esam_world_size 2.0" in page for page in pages)
         assert {re.search(r'esam_run_info{.*rank="(\d)"', page)[1] for page in pages} == {"0", "1"}
         rows = pods[0].sources["runs"] / "esam/metrics.jsonl"

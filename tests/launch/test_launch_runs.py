@@ -1,11 +1,14 @@
 """`esam-dist launch` on this machine: real ranks under torchrun and deepspeed."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
-from servers import ROOT, started, until
+from servers import ROOT, free_ports, started, until
 
 
 def command(digits, *words):
@@ -23,14 +26,14 @@ def command(digits, *words):
 
 def test_status_of_a_failing_rank_is_the_status_of_the_launch(digits, tmp_path):
     overrides = [f"data.path={tmp_path / 'nowhere'}", f"run.folder={tmp_path / 'run'}"]
-    words = command(digits, "--no-checks", f"--logs={tmp_path / 'logs'}", overrides)
+    words = command(digits, "--no-checks", "--max-restarts=2", f"--logs={tmp_path / 'logs'}", overrides)
     done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "[rank 0] esam-dist: error:" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    logs = {path.parent.name: path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")}
-    assert set(logs) == {"0", "1"}
-    assert "nowhere" in logs["0"]
+    logs = {path.parts[-3:-1]: path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")}
+    assert set(logs) == {("attempt_0", "0"), ("attempt_0", "1")}, "no restart mends the user's mistake"
+    assert "nowhere" in logs["attempt_0", "0"]
 
 
 def test_rank_with_loader_processes_stops_with_a_checkpoint(digits, tmp_path):
@@ -47,13 +50,17 @@ def test_rank_with_loader_processes_stops_with_a_checkpoint(digits, tmp_path):
     ]
 
 
+def deepspeed_command(digits, tmp_path):
+    overrides = [f"run.folder={tmp_path / 'run'}", "engine.name=deepspeed", "train.max_steps=100000"]
+    options = ["--with=deepspeed", f"--rendezvous=127.0.0.1:{free_ports(1)}", f"--logs={tmp_path / 'logs'}"]
+    return command(digits, *options, overrides)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_deepspeed_job_shows_its_ranks_and_stops_with_a_checkpoint(digits, tmp_path):
-    overrides = [f"run.folder={tmp_path / 'run'}", "engine.name=deepspeed", "train.max_steps=100000"]
-    words = command(digits, "--with=deepspeed", f"--logs={tmp_path / 'logs'}", overrides)
     shown = tmp_path / "shown.log"
-    with started(words, shown, cwd=ROOT) as running:
+    with started(deepspeed_command(digits, tmp_path), shown, cwd=ROOT) as running:
         until(lambda: "[rank 0]" in shown.read_text() and " step 6/" in shown.read_text(), 600, "six updates are shown")
         running.terminate()
         assert running.wait(120) == 143, shown.read_text()[-3000:]
@@ -61,3 +68,30 @@ def test_deepspeed_job_shows_its_ranks_and_stops_with_a_checkpoint(digits, tmp_p
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     last = max(row["step"] for row in rows if row["kind"] == "train")
     assert (tmp_path / f"run/checkpoints/step_{last:08d}").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_deepspeed_rank_that_is_killed_tells_its_signal(digits, tmp_path):
+    shown = tmp_path / "shown.log"
+    with started(deepspeed_command(digits, tmp_path), shown, cwd=ROOT) as running:
+        until(lambda: " step 6/" in shown.read_text(), 600, "six updates are shown")
+        ranks = [child for child in psutil.Process(running.pid).children(recursive=True) if "RANK" in child.environ()]
+        next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
+        assert running.wait(120) == 128 + 9, shown.read_text()[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("script", ["torchrun", "deepspeed"])
+def test_script_for_one_node_trains(script, digits, tmp_path):
+    words = [str(ROOT / f"launch/{script}/one_node.sh"), str(digits / "config.yaml"), f"run.folder={tmp_path / 'run'}"]
+    engine = "deepspeed" if script == "deepspeed" else "native"
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    env |= {"RANKS_PER_NODE": "2", "PORT": str(free_ports(1)), "LOGS": str(tmp_path / "logs"), "OMP_NUM_THREADS": "1"}
+    with started(
+        [*words, f"engine.name={engine}", "train.max_steps=6"], tmp_path / "log", env=os.environ | env
+    ) as running:
+        assert running.wait(600) == 0, (tmp_path / "log").read_text()[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(row["samples"] for row in rows if row["kind"] == "train") == 6 * 16 * 2

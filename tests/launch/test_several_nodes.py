@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from bad_network import round_trip_seconds, slowed
@@ -17,6 +19,15 @@ NAMES = ["alpha", "beta", "gamma"]
 def launch(digits, folder, *options, overrides=()):
     words = ["launch", "--nproc-per-node=1", "--rendezvous=alpha:29500", *options, str(digits / "config.yaml")]
     return [sys.executable, "-m", "esam_dist", *words, f"run.folder={folder / 'run'}", *overrides]
+
+
+def script(name, digits, folder, overrides=(), **variables):
+    """One of the plain scripts in launch/ with its variables."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {"PATH": path, "HEAD": "alpha", "RANKS_PER_NODE": "1", "LOGS": folder / "logs"} | variables
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    words = [str(digits / "config.yaml"), f"run.folder={folder / 'run'}", *overrides]
+    return ["env", *settings, str(ROOT / "launch" / name), *words]
 
 
 def start(host, command, tmp_path):
@@ -34,20 +45,28 @@ def logs(tmp_path):
     return "\n".join((tmp_path / f"{name}.log").read_text() for name in NAMES)
 
 
-def train_twelve_steps(three, digits, tmp_path):
-    overrides = ["train.max_steps=12"]
-    running = [
-        start(host, launch(digits, tmp_path, "--nnodes=3", f"--node-rank={rank}", overrides=overrides), tmp_path)
-        for rank, host in enumerate(three)
-    ]
+def train_twelve_steps(three, tmp_path, command):
+    running = [start(host, command(rank), tmp_path) for rank, host in enumerate(three)]
     assert [process.wait(300) for process in running] == [0, 0, 0], logs(tmp_path)
     assert rows(tmp_path)[-1]["step"] == 12
     assert rows(tmp_path)[-1]["samples"] == 12 * 16 * 3
 
 
-def test_torchrun_trains_over_three_hosts(tmp_path, digits):
+TWELVE = ["train.max_steps=12"]
+
+
+def by_launch(digits, tmp_path):
+    return lambda rank: launch(digits, tmp_path, "--nnodes=3", f"--node-rank={rank}", overrides=TWELVE)
+
+
+def by_script(digits, tmp_path):
+    return lambda rank: script("torchrun/several_nodes.sh", digits, tmp_path, TWELVE, NODES=3, NODE_RANK=rank)
+
+
+@pytest.mark.parametrize("by", [by_launch, by_script])
+def test_torchrun_trains_over_three_hosts(tmp_path, digits, by):
     with hosts(tmp_path, NAMES) as three:
-        train_twelve_steps(three, digits, tmp_path)
+        train_twelve_steps(three, tmp_path, by(digits, tmp_path))
     assert "[rank 2]" not in (tmp_path / "alpha.log").read_text()
 
 
@@ -56,7 +75,7 @@ def test_torchrun_trains_over_a_network_that_is_late_and_loses_frames(tmp_path, 
         assert round_trip_seconds(three[0], three[2]) < 0.005
         with slowed(three[2], delay_ms=10, jitter_ms=5, loss_percent=1) as loss:
             assert round_trip_seconds(three[0], three[2]) > 0.008
-            train_twelve_steps(three, digits, tmp_path)
+            train_twelve_steps(three, tmp_path, by_launch(digits, tmp_path))
     assert loss.dropped > 10
 
 
@@ -91,19 +110,29 @@ def assert_no_step_is_missing_or_twice(tmp_path):
         assert samples in (32 * steps, 48 * steps), (before, after)
 
 
-def stop(running, tmp_path):
+def stop(running, tmp_path, status=143):
     for process in running:
         process.terminate()
-    assert {process.wait(180) for process in running} == {143}, logs(tmp_path)
+    assert {process.wait(180) for process in running} == {status}, logs(tmp_path)
 
 
 ELASTIC = ["--nnodes=2:3", "--max-restarts=10", "--grace=10"]
 WITHOUT_END = ["checkpoint.every_steps=4", "train.max_steps=100000", "metrics.port=9400"]
 
 
-def test_elastic_job_goes_on_without_a_crashed_host_and_takes_it_back(tmp_path, digits):
+def elastic_by_launch(digits, tmp_path):
+    return launch(digits, tmp_path, *ELASTIC, overrides=WITHOUT_END)
+
+
+def elastic_by_script(digits, tmp_path):
+    return script("torchrun/elastic.sh", digits, tmp_path, WITHOUT_END, NODES="2:3", JOB="digits", RESTARTS=10)
+
+
+# torchrun alone says 1 for every signal
+@pytest.mark.parametrize(("by", "status"), [(elastic_by_launch, 143), (elastic_by_script, 1)])
+def test_elastic_job_goes_on_without_a_crashed_host_and_takes_it_back(tmp_path, digits, by, status):
     with hosts(tmp_path, NAMES) as three:
-        command = launch(digits, tmp_path, *ELASTIC, overrides=WITHOUT_END)
+        command = by(digits, tmp_path)
         running = [start(host, command, tmp_path) for host in three]
         until(lambda: samples_per_step(tmp_path) == 48, 400, "three hosts train")
         three[2].crash()
@@ -113,7 +142,7 @@ def test_elastic_job_goes_on_without_a_crashed_host_and_takes_it_back(tmp_path, 
         running[2] = start(three[2], command, tmp_path)
         until(lambda: samples_per_step(tmp_path) == 48, 400, "the third is back")
         assert rows(tmp_path)[-1]["step"] > before["step"]
-        stop(running, tmp_path)
+        stop(running, tmp_path, status)
     assert_no_step_is_missing_or_twice(tmp_path)
 
 
@@ -138,7 +167,7 @@ def test_elastic_job_goes_on_without_a_host_that_is_cut_off_and_takes_it_back(tm
         assert rows(tmp_path)[-1]["restarts"] == 1
         assert f"continuing from {last_checkpoint}" in (tmp_path / "alpha.log").read_text()
         assert running[2].wait(120) == 1, logs(tmp_path)
-        assert "this node lost the rendezvous at alpha:29500" in (tmp_path / "gamma.log").read_text()
+        assert "the rendezvous at alpha:29500 failed: this node lost it" in (tmp_path / "gamma.log").read_text()
 
         three[2].reconnect()
         running[2] = start(three[2], command, tmp_path)
@@ -148,15 +177,23 @@ def test_elastic_job_goes_on_without_a_host_that_is_cut_off_and_takes_it_back(tm
     assert_no_step_is_missing_or_twice(tmp_path)
 
 
-def test_deepspeed_trains_over_three_hosts_without_ssh(tmp_path, digits):
+def deepspeed_by_launch(digits, tmp_path, hostfile, rank):
+    options = ["--with=deepspeed", f"--hostfile={hostfile}", "--no-ssh", f"--node-rank={rank}"]
+    return launch(digits, tmp_path, *options, overrides=DEEPSPEED)
+
+
+def deepspeed_by_script(digits, tmp_path, hostfile, rank):
+    return script("deepspeed/no_ssh.sh", digits, tmp_path, DEEPSPEED, HOSTFILE=hostfile, NODE_RANK=rank)
+
+
+DEEPSPEED = ["train.max_steps=6", "engine.name=deepspeed"]
+
+
+@pytest.mark.parametrize("by", [deepspeed_by_launch, deepspeed_by_script])
+def test_deepspeed_trains_over_three_hosts_without_ssh(tmp_path, digits, by):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{name} slots=1\n" for name in NAMES))
-    options = ["--with=deepspeed", f"--hostfile={hostfile}", "--no-ssh"]
-    overrides = ["train.max_steps=6", "engine.name=deepspeed"]
     with hosts(tmp_path, NAMES) as three:
-        running = [
-            start(host, launch(digits, tmp_path, *options, f"--node-rank={rank}", overrides=overrides), tmp_path)
-            for rank, host in enumerate(three)
-        ]
+        running = [start(host, by(digits, tmp_path, hostfile, rank), tmp_path) for rank, host in enumerate(three)]
         assert [process.wait(500) for process in running] == [0, 0, 0], logs(tmp_path)
     assert rows(tmp_path)[-1]["samples"] == 6 * 16 * 3

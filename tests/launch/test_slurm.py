@@ -42,7 +42,9 @@ def log(folder):
 
 
 def test_job_trains_on_two_nodes(slurm, digits, tmp_path):
-    job = submit(slurm, digits, tmp_path, "train.max_steps=8", options=["--sbatch=--cpus-per-task=2"])
+    job = submit(
+        slurm, digits, tmp_path, "train.max_steps=8", options=["--sbatch=--cpus-per-task=2", "--max-restarts=1"]
+    )
     facts = slurm.wait(job, "COMPLETED", "FAILED")
     assert facts["ExitCode"] == "0:0", log(tmp_path)
     assert rows(tmp_path)[-1]["step"] == 8

@@ -5,28 +5,22 @@ import io
 import shlex
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed import run as torchrun
 
 from esam_dist import config, launch
 from esam_dist.errors import UserError
-from esam_dist.launch import arguments, checks, compose, follow, kubernetes, meet, slurm
+from esam_dist.launch import arguments, checks, compose, follow, meet, slurm
+from tests.jobs import job, parsed
+from tests.launch.servers import free_ports
 
 FACTS = {"torch": "2.15", "config": "train:\n  epochs: 3\n"}
-
-
-def parsed(*words):
-    parser = argparse.ArgumentParser()
-    launch.add_arguments(parser)
-    return parser.parse_args([*words, "run.yaml", "train.epochs=3"])
-
-
-def job(*words):
-    return arguments.job(parsed("--nproc-per-node=2", *words))
 
 
 def command(*words):
@@ -57,6 +51,15 @@ def test_nodes_that_come_and_go_meet_by_c10d_and_may_restart():
     words = command("--nnodes=1:4", "--rendezvous=head", "--local-addr=10.0.0.2")
     assert {"--nnodes=1:4", "--rdzv-backend=c10d", "--rdzv-endpoint=head:29500", "--max-restarts=3"} <= set(words)
     assert "--local-addr=10.0.0.2" in words
+
+
+def test_torchrun_reads_the_elastic_form_as_it_is_meant():
+    words = command("--nnodes=1:4", "--rendezvous=head:1234", "--name=digits")
+    read, program, _ = torchrun.config_from_args(torchrun.parse_args([*words[2:], "-m", "esam_dist"]))
+    assert (read.min_nodes, read.max_nodes, read.nproc_per_node, read.max_restarts) == (1, 4, 2, 3)
+    assert (read.rdzv_backend, read.rdzv_endpoint) == ("c10d", "head:1234")
+    assert read.run_id.startswith("digits-")
+    assert program == sys.executable
 
 
 def test_numbered_nodes_that_may_restart_meet_by_c10d():
@@ -95,7 +98,18 @@ def test_deepspeed_without_ssh_takes_its_size_from_the_hostfile(tmp_path):
         (["--nnodes=2", "--rendezvous=:29500"], "--rendezvous :29500: give HOST or HOST:PORT"),
         (["--nnodes=2", "--rendezvous=h", "--node-rank=2"], "--node-rank 2: must lie between 0 and 1"),
         (["--with=deepspeed", "--nnodes=1:2", "--rendezvous=h"], "deepspeed takes a fixed number"),
+        (
+            ["--with=deepspeed", "--nnodes=3", "--rendezvous=h"],
+            "--nnodes 3: deepspeed takes a fixed number of nodes from",
+        ),
         (["--with=deepspeed", "--no-ssh"], "--no-ssh: also give --hostfile"),
+        (["--hostfile=hosts"], "--hostfile: has no effect on torchrun; leave it out, or use --with deepspeed"),
+        (["--with=deepspeed", "--max-restarts=2"], "--max-restarts: has no effect on deepspeed"),
+        (["--with=slurm", "--rendezvous=h"], "--rendezvous: has no effect on slurm"),
+        (["--with=kubernetes", "--name=mine"], "--name: has no effect on kubernetes"),
+        (["--with=kubernetes", "--logs=mine"], "--logs: has no effect on kubernetes"),
+        (["--max-restarts=-1"], "--max-restarts -1: give 0 or more"),
+        (["--grace=-5"], "--grace -5: give 0 or more"),
         (["--with=deepspeed", "--hostfile=/none"], "--hostfile /none: cannot be read"),
         (["--nproc-per-node=-1"], "--nproc-per-node -1"),
     ],
@@ -107,38 +121,26 @@ def test_options_that_cannot_work_are_named(options, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "host\n", "host slots\n", "host slots=1 extra\n"])
+BAD_HOSTFILES = ["", "a\n", "a slots\n", "a slots=1 extra\n", "a slots=x\n", "a slots=0\n", "a slots=1\nb slots = 1\n"]
+
+
+@pytest.mark.parametrize("text", BAD_HOSTFILES)
 def test_hostfile_of_another_form_is_refused(tmp_path, text):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UserError, match="HOST slots=N"):
         job("--with=deepspeed", f"--hostfile={tmp_path / 'hosts'}")
 
 
-def test_missing_data_names_key_and_remedy(tmp_path):
-    cfg = config.parse({"data": {"path": str(tmp_path)}}, "test")
-    with pytest.raises(UserError, match=r"data.path = .*no data there.*esam-dist prepare"):
-        checks.check(job(), cfg)
+def test_host_that_stands_twice_in_a_hostfile_is_refused(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\na slots=2\n")
+    with pytest.raises(UserError, match="a stands there twice"):
+        job("--with=deepspeed", f"--hostfile={tmp_path / 'hosts'}")
 
 
-def test_taken_metrics_port_is_found_before_the_start(tmp_path):
-    (tmp_path / "shard").touch()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        values = {"data": {"path": str(tmp_path)}, "metrics": {"port": port - 1}}
-        with pytest.raises(UserError, match=f"metrics.port = {port - 1}: {port} is taken"):
-            checks.check(job(), config.parse(values, "test"))
-
-
-def test_taken_rendezvous_port_is_found_on_node_zero_only():
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        options = ["--nnodes=2", f"--rendezvous=head:{taken.getsockname()[1]}"]
-        with pytest.raises(UserError, match="taken on node 0"):
-            checks.check_ports(job(*options, "--node-rank=0"), config.Config())
-        checks.check_ports(job(*options, "--node-rank=1"), config.Config())
+def test_ranks_of_a_node_are_its_slots_in_the_hostfile(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=1\nb   slots=4 # the large one\n")
+    options = ["--with=deepspeed", f"--hostfile={tmp_path / 'hosts'}", "--no-ssh", "--rendezvous=a"]
+    assert [job(*options, f"--node-rank={rank}").ranks_per_node for rank in range(2)] == [1, 4]
 
 
 def test_versions_do_not_depend_on_the_nodes_own_paths(tmp_path):
@@ -148,9 +150,7 @@ def test_versions_do_not_depend_on_the_nodes_own_paths(tmp_path):
 
 
 def meet_all(facts_of):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_ports(1)
     errors = {}
 
     def node(rank, facts):
@@ -205,7 +205,7 @@ def test_no_node_goes_on_while_the_store_of_the_comparison_is_open(monkeypatch):
 
 def test_nodes_that_do_not_come_are_an_error_with_a_remedy():
     with pytest.raises(UserError, match="the 2 nodes did not meet within 1 s"):
-        meet.compare(job("--nnodes=2", "--rendezvous=127.0.0.1:29513", "--node-rank=1"), FACTS, 1)
+        meet.compare(job("--nnodes=2", f"--rendezvous=127.0.0.1:{free_ports(1)}", "--node-rank=1"), FACTS, 1)
 
 
 def test_follow_prefixes_lines_with_the_rank_and_leaves_old_logs_alone(tmp_path):
@@ -241,6 +241,12 @@ def test_slurm_nodes_count_their_own_gpus_where_no_number_is_given():
         assert "#SBATCH --output=%x-%j.log\n" in script, "Slurm makes no folder for it"
 
 
+def test_slurm_restarts_ranks_as_often_as_is_said():
+    script = slurm.render(job("--with=slurm", "--nnodes=2", "--max-restarts=5"), Path("logs"), [])
+    assert '--node-rank="$SLURM_NODEID" --nproc-per-node=2 --max-restarts=5 \\\n' in script
+    assert "--max-restarts" not in slurm.render(job("--with=slurm", "--nnodes=2"), Path("logs"), [])
+
+
 def test_slurm_refuses_what_a_shell_would_change():
     with pytest.raises(UserError, match="cannot stand in a Slurm script"):
         slurm.render(job("--with=slurm"), Path("$HOME/logs"), [])
@@ -250,22 +256,33 @@ def test_slurm_refuses_what_a_shell_would_change():
         slurm.render(job("--with=slurm", "--nnodes=1:4"), Path("logs"), [])
 
 
-def test_kubernetes_changes_are_the_jobs_own():
-    values = kubernetes.kustomization(job("--with=kubernetes", "--nnodes=3"), "../base", "host:5000/esam:1.2", "train")
-    assert values["images"] == [{"name": "esam-dist", "newName": "host:5000/esam", "newTag": "1.2"}]
-    assert values["namespace"] == "train"
-    assert values["configMapGenerator"][1]["literals"] == ["NODES=3", "RANKS_PER_NODE=2"]
-
-
-def test_unknown_overlay_names_those_there_are():
-    with pytest.raises(UserError, match=r"--overlay moon: is none of .*jobset.*kubeflow-trainer"):
-        kubernetes.render(job("--with=kubernetes"), config.Config(), "moon", None, None)
-
-
-def test_dry_run_prints_a_command_that_a_shell_reads_back(tmp_path, capsys):
+def dry_run(tmp_path, capsys, *options):
     path = tmp_path / "a config.yaml"
     path.write_text(yaml.safe_dump({"train": {"epochs": 1}}))
     parser = argparse.ArgumentParser()
     launch.add_arguments(parser)
-    assert launch.run(parser.parse_args(["--dry-run", "--nproc-per-node=2", str(path)])) == 0
-    assert shlex.split(capsys.readouterr().out)[-3:] == ["esam_dist", "train", str(path)]
+    assert launch.run(parser.parse_args(["--dry-run", "--nproc-per-node=2", *options, str(path)])) == 0
+    return capsys.readouterr().out
+
+
+def test_dry_run_prints_a_command_that_a_shell_reads_back(tmp_path, capsys):
+    printed = dry_run(tmp_path, capsys)
+    words = shlex.split(printed, comments=True)
+    assert words[-3:] == ["esam_dist", "train", str(tmp_path / "a config.yaml")]
+    assert printed.splitlines()[:-1] == ["# launch also checks data, ports and GPUs of this node first"]
+
+
+def test_dry_run_of_an_elastic_job_has_its_environment_and_says_what_launch_does_besides(tmp_path, capsys):
+    printed = dry_run(tmp_path, capsys, "--nnodes=1:4", "--rendezvous=head", "--grace=77")
+    words = shlex.split(printed, comments=True)
+    settings = dict(word.split("=", 1) for word in words[1 : words.index(sys.executable)])
+    assert words[0] == "env"
+    assert settings.items() >= compose.SETTINGS.items()
+    assert settings["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "77"
+    assert "# launch also gives up a rendezvous that does not answer for a minute\n" in printed
+    assert "# launch also does not restart ranks that end with status 2\n" in printed
+
+
+def test_dry_run_of_deepspeed_needs_no_environment(tmp_path, capsys):
+    printed = dry_run(tmp_path, capsys, "--with=deepspeed")
+    assert shlex.split(printed, comments=True)[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]

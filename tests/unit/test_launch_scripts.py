@@ -9,15 +9,11 @@ import pytest
 
 from esam_dist import launch
 from esam_dist.launch import arguments, compose, slurm
+from tests.jobs import job
 
 ROOT = Path(__file__).resolve().parents[2]
+STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 COMMON = {"RANKS_PER_NODE": "2", "HEAD": "head", "PORT": "1234", "LOGS": "logs"}
-
-
-def job(*options):
-    parser = argparse.ArgumentParser()
-    launch.add_arguments(parser)
-    return arguments.job(parser.parse_args(["--nproc-per-node=2", *options, "run.yaml", "train.epochs=3"]))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +41,7 @@ def test_script_starts_what_launch_composes(script, env, options, tmp_path):
         env = env | {"PORT": str(wanted.port)}
     composed = compose.command(wanted, Path("logs"), {})
     stub = tmp_path / composed[2].partition(".")[0].replace("torch", "torchrun")
-    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nenv >"$0.env"\n')
     stub.chmod(0o755)
     variables = COMMON | {"HOSTFILE": str(hosts), "JOB": compose.meeting_name(wanted, {})} | env
     done = subprocess.run(
@@ -58,6 +54,9 @@ def test_script_starts_what_launch_composes(script, env, options, tmp_path):
     words = done.stdout.splitlines()
     assert sorted(words) == sorted(composed[3:])
     assert words[-4:] == composed[-4:]
+    seen = dict(line.split("=", 1) for line in Path(f"{stub}.env").read_text().splitlines() if "=" in line)
+    if "--rdzv-backend=c10d" in words:
+        assert seen.get(STORE) == compose.SETTINGS[STORE]
 
 
 def test_sbatch_file_is_what_launch_renders():

@@ -1,0 +1,18 @@
+"""Options of `esam-dist launch` as the tests give them."""
+
+import argparse
+
+from esam_dist import launch
+from esam_dist.launch import arguments
+
+
+def parsed(*words):
+    """The parsed options `words` with a configuration and one override after them."""
+    parser = argparse.ArgumentParser()
+    launch.add_arguments(parser)
+    return parser.parse_args([*words, "run.yaml", "train.epochs=3"])
+
+
+def job(*words):
+    """The job of two ranks per node that the options `words` describe."""
+    return arguments.job(parsed("--nproc-per-node=2", *words))
