@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,26 +14,27 @@ from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
 from esam_dist.engine import build_engine
 from esam_dist.esam import Memory, StepStats
-from esam_dist.models import Classifier
+from esam_dist.models import Classifier, compile_network
 from esam_dist.ranks import Ranks
 from esam_dist.rule import Rule
+from esam_dist.score import watched_head
 from esam_dist.train import micro_batch
 
 BATCH, CLASSES = 6, 5
 
 
 class Network(nn.Module):
-    """Convolutions, BatchNorm, dropout, a linear head."""
+    """Convolutions, BatchNorm, dropout, a linear head; smooth, for at a kink the gradient jumps by a rounding error."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1, bias=False),
             nn.BatchNorm2d(8),
-            nn.ReLU(),
+            nn.SiLU(),
             nn.Conv2d(8, 8, 3, stride=2, padding=1),
             nn.BatchNorm2d(8),
-            nn.ReLU(),
+            nn.SiLU(),
         )
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(8, CLASSES)
@@ -70,6 +71,17 @@ class Outcome:
     memory: dict[str, Any]
 
 
+def scaler(scale: float, growth_interval: int = 2000) -> dict[str, Any]:
+    """The state of a loss scaler that stands at `scale`, as engines save it."""
+    factors = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": growth_interval}
+    return {"scale": scale, **factors, "_growth_tracker": 0}
+
+
+def at_scale(outcome: Outcome, scale: float) -> Outcome:
+    """`outcome`, with another loss scale."""
+    return replace(outcome, state=outcome.state | {"scaler": scaler(scale)})
+
+
 def configuration(method: dict[str, Any], **sections: dict[str, Any]) -> config.Config:
     values: dict[str, Any] = {
         "data": {"batch_size": BATCH},
@@ -82,10 +94,21 @@ def configuration(method: dict[str, Any], **sections: dict[str, Any]) -> config.
 
 
 def train_rank(
-    ranks: Ranks, cfg: config.Config, steps: int, dtype: torch.dtype, start: tuple[Outcome, int] | None = None
+    ranks: Ranks,
+    cfg: config.Config,
+    steps: int,
+    dtype: torch.dtype,
+    start: tuple[Outcome, int] | None = None,
+    backend: str | None = None,
 ) -> Outcome:
-    """Train `steps` updates on this rank as the loop does, from `start` (an outcome, and its step) or from scratch."""
+    """Train `steps` updates on this rank as the loop does, from `start` (an outcome, and its step) or from scratch;
+    with a `backend`, compiled as the command line does it.
+    """
     classifier = Classifier(make_network(dtype), cfg.train.precision)
+    if backend is not None:
+        if cfg.method.score == "head":
+            watched_head(classifier)
+        compile_network(classifier.network, by_block=cfg.method.swp == "suffix", backend=backend)
     engine = build_engine(classifier, cfg, ranks)
     memory, clock, stats = Memory(), PhaseClock(ranks.device), []
     first = 0

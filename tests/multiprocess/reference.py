@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from esam_dist import swp
 from esam_dist.randomness import seed_step
 from esam_dist.rule import Rule
+from tests.multiprocess.choice import choose, count_kept, padded
 
 Weights = dict[str, Tensor]
 
@@ -38,6 +39,8 @@ class Simulation:
     """One perturbation for all ranks, along the averaged gradient (ZeRO 3)."""
     velocity: Weights = field(default_factory=dict)
     flat: Weights | None = None
+    kept: list[int] = field(default_factory=list)
+    """Of each micro-batch: how many samples all ranks kept together."""
 
     def __post_init__(self) -> None:
         self.weights = {name: param.detach().clone() for name, param in self.network.named_parameters()}
@@ -77,18 +80,19 @@ class Simulation:
             ranks.append(self.ascend(batch, rule, generator))
         if self.shared and not rule.is_plain:
             self.share_perturbation(ranks, batches, rule)
-        kept = self.choose(ranks, rule)
+        everything = [list(range(rank["size"])) for rank in ranks]
+        kept = everything if rule.gamma >= 1.0 else choose([rank["scores"] for rank in ranks], rule)
         num_kept = sum(len(index) for index in kept)
+        self.kept.append(num_kept)
         total = {name: torch.zeros_like(value) for name, value in self.weights.items()}
         flats = []
         for (images, labels), rank, index in zip(batches, ranks, kept, strict=True):
             at = {name: value + rank["eps"].get(name, 0.0) for name, value in self.weights.items()}
             torch.set_rng_state(rank["rng_after"])
             at = {name: value.detach().requires_grad_() for name, value in at.items()}
-            # A capacity fills the batch with the kept samples again, at weight 0; a sample alone goes twice.
-            size = max(len(index), self.capacity(rule, len(labels)), min(2, len(labels)))
-            both = [index[place % len(index)] for place in range(size)]
-            loss = self.losses(at, rank["buffers_before"] | {}, images[both], labels[both], rule)[: len(index)].sum()
+            # A capacity fills the batch with samples of weight 0, which BatchNorm sees.
+            run = padded(index, rule, len(labels))
+            loss = self.losses(at, rank["buffers_before"] | {}, images[run], labels[run], rule)[: len(index)].sum()
             grads = dict(zip(at, torch.autograd.grad(loss, list(at.values())), strict=True))
             clean, size = rank["clean"], len(index)
             if rule.descent in ("gsam", "looksam"):
@@ -107,9 +111,7 @@ class Simulation:
                     total[name] += mine[name] / W
                 continue
             for name in total:
-                share = rule.gamma if rule.descent.startswith("recycled") else 1.0
-                if rule.descent == "recycled_exact":
-                    share = len(index) / len(labels)
+                share = {"recycled": rule.gamma, "recycled_exact": size / len(labels)}.get(rule.descent, 1.0)
                 total[name] += share * grads[name] / num_kept
                 if rule.descent.startswith("recycled"):
                     total[name] += (1.0 - share) * rank["recycled"][name] / W
@@ -123,7 +125,7 @@ class Simulation:
         for rank, (images, labels) in zip(ranks, batches, strict=True):
             rank["eps"] = eps
             if rule.gamma < 1.0:
-                rank["scores"] = self.scores(rule, rank, images, labels, rank["loss_B"], rank["rng"], None)
+                rank["scores"] = self.scores(rule, rank, images, labels, rank["loss_B"], rank["rng"], rank["random"])
 
     def ascend(self, batch: tuple[Tensor, Tensor], rule: Rule, generator: torch.Generator) -> dict[str, Any]:
         """One rank's passes at w, its perturbation, and its scores."""
@@ -180,6 +182,7 @@ class Simulation:
             "size": len(labels),
             "loss_B": loss_B,
             "rng": rng,
+            "random": random,
         }
         if rule.is_plain or rule.name == "msam":
             # One forward only: it draws the dropout.
@@ -223,39 +226,9 @@ class Simulation:
         each = [torch.autograd.grad(loss, head, retain_graph=True) for loss in losses]
         return [float(sum((a * b).sum() for a, b in zip(mine, mean, strict=True))) for mine in each]
 
-    @staticmethod
-    def choose(ranks: list[dict[str, Any]], rule: Rule) -> list[list[int]]:
-        """Which samples each rank keeps: by a plain sort, at least one of each rank."""
-        if ranks[0]["scores"] is None:
-            return [list(range(rank["size"])) for rank in ranks]
-        B = ranks[0]["size"]
-        if rule.scope == "rank":
-            count = count_kept(rule.gamma, B)
-            ordered = [sorted(range(B), key=lambda i, s=rank["scores"]: (-s[i], i)) for rank in ranks]
-            return [sorted(order[:count]) for order in ordered]
-        most = Simulation.capacity(rule, B) or B
-        count = min(max(count_kept(rule.gamma, B * len(ranks)), len(ranks)), most * len(ranks))
-        kept: list[list[int]] = [[max(range(B), key=lambda i, s=rank["scores"]: s[i])] for rank in ranks]
-        everyone = sorted(
-            ((score, r, i) for r, rank in enumerate(ranks) for i, score in enumerate(rank["scores"])), reverse=True
-        )
-        for _, r, i in everyone:
-            if sum(map(len, kept)) < count and i not in kept[r] and len(kept[r]) < most:
-                kept[r].append(i)
-        return [sorted(index) for index in kept]
-
-    @staticmethod
-    def capacity(rule: Rule, batch_size: int) -> int:
-        factor = min(rule.capacity_factor * rule.gamma, 1.0)
-        return max(1, math.ceil(factor * batch_size - 1e-9)) if factor else 0
-
     def losses(self, weights: Weights, buffers: Weights, images: Tensor, labels: Tensor, rule: Rule) -> Tensor:
         logits = functional_call(self.network, weights | buffers, (images,))
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=rule.label_smoothing)
-
-
-def count_kept(gamma: float, num_samples: int) -> int:
-    return max(1, math.floor(gamma * num_samples + 0.5))
 
 
 def gradient(loss: Tensor, leaves: Weights) -> Weights:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from esam_dist import config
 from esam_dist.rule import Rule
+from tests.multiprocess.choice import count_over_ranks
 from tests.multiprocess.cluster import Cluster
-from tests.multiprocess.problem import configuration, make_batch, make_network, train_rank
+from tests.multiprocess.problem import BATCH, configuration, make_batch, make_network, train_rank
 from tests.multiprocess.reference import Simulation
 
 STEPS = 4
@@ -31,13 +33,16 @@ MODES: dict[str, dict[str, Any]] = {
     "head": {"score": "head"},
     "loss": {"score": "loss"},
     "random": {"score": "random"},
-    # With at least as many quantiles as samples the threshold is exact.
-    "thresholds": {"transport": "thresholds", "num_quantiles": 6},
+    # With so few quantiles the ranks keep more or fewer than they would like to.
+    "thresholds": {"transport": "thresholds", "num_quantiles": 2},
+    "thresholds_capacity": {"transport": "thresholds", "num_quantiles": 2, "capacity_factor": 1.5, "gamma": 0.34},
     "capacity": {"capacity_factor": 1.0, "gamma": 0.34},
     "recycled": {"descent": "recycled", "beta": 1.0, "score": "random", "gamma": 0.34},
     "recycled_forward": {"descent": "recycled", "beta": 1.0, "score": "forward"},
     "recycled_exact": {"descent": "recycled_exact", "beta": 1.0, "score": "random", "scope": "rank"},
     "interval": {"interval": 2},
+    "groups": {"scope": "rank", "group_size": 3},
+    "groups_gsam": {"name": "gsam", "alpha": 0.4, "group_size": 2},
 }
 ENGINES = {
     "native": {"name": "native"},
@@ -47,7 +52,7 @@ ENGINES = {
 }
 
 
-def simulate(cfg: config.Config) -> Simulation:
+def simulate(cfg: config.Config, steps: int = STEPS) -> Simulation:
     simulation = Simulation(
         make_network(torch.float64),
         cfg.optim.lr,
@@ -57,12 +62,20 @@ def simulate(cfg: config.Config) -> Simulation:
         cfg.optim.nesterov,
         shared=cfg.engine.name == "deepspeed" and cfg.engine.zero_stage == 3,
     )
-    for step in range(STEPS):
-        batches = [
-            [make_batch(rank, step, micro, torch.float64) for rank in range(2)] for micro in range(cfg.train.accumulate)
-        ]
+    for step in range(steps):
+        batches = [rank_groups(cfg, step, micro) for micro in range(cfg.train.accumulate)]
         simulation.update(batches, Rule.at(cfg, step=step, epoch=float(step)), (cfg.run.seed, step))
     return simulation
+
+
+def rank_groups(cfg: config.Config, step: int, micro: int) -> list[tuple[Tensor, Tensor]]:
+    """What two ranks train on, group by group: each group counts as a rank of its own."""
+    size = cfg.method.group_size or BATCH
+    return [
+        (images[start : start + size], labels[start : start + size])
+        for images, labels in (make_batch(rank, step, micro, torch.float64) for rank in range(2))
+        for start in range(0, BATCH, size)
+    ]
 
 
 def assert_same(state: dict[str, Any], simulation: Simulation, tolerance: float) -> None:
@@ -101,11 +114,54 @@ def test_accumulation_clipping_and_nesterov_equal_the_simulation(two_ranks: Clus
     check(two_ranks, cfg)
 
 
+def engines_for(modes: list[str], quick: set[str]) -> list[Any]:
+    """Every mode under every engine; quick are those of `quick`, "mode-engine", and all under the native one."""
+    return [
+        pytest.param(mode, engine, marks=[] if engine == "native" or f"{mode}-{engine}" in quick else pytest.mark.slow)
+        for mode in modes
+        for engine in ENGINES
+    ]
+
+
 @pytest.mark.parametrize(
-    "method", [{"name": "sgd"}, {"name": "sam"}, {"beta": 1.0}, {"beta": 1.0, "score": "head", "scope": "rank"}]
+    ("mode", "engine"),
+    engines_for(
+        ["gsam", "head", "suffix", "recycled", "recycled_exact", "thresholds_capacity", "groups", "groups_gsam"],
+        quick={"gsam-zero1", "recycled-zero2", "thresholds_capacity-zero1", "groups-zero2"},
+    ),
 )
-def test_zero3_equals_the_simulation_of_a_shared_perturbation(two_ranks: Cluster, method: dict[str, Any]) -> None:
-    check(two_ranks, configuration(method, engine={"name": "deepspeed", "zero_stage": 3}))
+def test_accumulation_and_clipping_equal_the_simulation_in_other_modes(
+    two_ranks: Cluster, mode: str, engine: str
+) -> None:
+    optim = {"clip_grad_norm": 0.3}
+    check(two_ranks, configuration(MODES[mode], engine=ENGINES[engine], train={"accumulate": 2}, optim=optim))
+
+
+def test_ranks_keep_another_number_than_wanted_where_quantiles_are_few() -> None:
+    """Else the comparisons above would not notice a step that took the wanted number for the kept one."""
+    for mode in ("thresholds", "thresholds_capacity"):
+        cfg = configuration(MODES[mode])
+        wanted = count_over_ranks(Rule.at(cfg, step=0, epoch=0.0), 2, BATCH)
+        kept = simulate(cfg).kept
+        assert any(number != wanted for number in kept), (mode, kept)
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "sgd": {"name": "sgd"},
+    "sam": {"name": "sam"},
+    "esam_global": {"beta": 1.0},
+    "head": {"beta": 1.0, "score": "head", "scope": "rank"},
+    "loss": {"beta": 1.0, "score": "loss"},
+    "random": {"beta": 1.0, "score": "random"},
+    "thresholds": {"beta": 1.0, "score": "loss"} | MODES["thresholds"],
+    "capacity": {"beta": 1.0} | MODES["capacity"],
+    "interval": {"beta": 1.0, "interval": 2},
+}
+
+
+@pytest.mark.parametrize("mode", SHARED)
+def test_zero3_equals_the_simulation_of_a_shared_perturbation(two_ranks: Cluster, mode: str) -> None:
+    check(two_ranks, configuration(SHARED[mode], engine={"name": "deepspeed", "zero_stage": 3}))
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -113,23 +113,6 @@ def test_groups_of_samples_make_results_independent_of_the_number_of_ranks(two_r
     assert whole.digest != alone.digest
 
 
-def overflow_once(ranks: Ranks, cfg: Any) -> tuple[list[float], list[str], dict[str, Any]]:
-    """Train three steps from a loss scale that overflows float16."""
-    first = train_rank(ranks, cfg, 1, torch.float32)
-    first.state["scaler"]["scale"] = 2.0**40
-    second = train_rank(ranks, cfg, 1, torch.float32, (first, 1))
-    return [float(stats.skipped) for stats in second.stats], [first.digest, second.digest], second.state
-
-
-@pytest.mark.parametrize("engine", ["native", "zero1", "zero2"])
-def test_float16_overflow_skips_perturbation_and_update_and_lowers_the_scale(two_ranks: Cluster, engine: str) -> None:
-    cfg = configuration({"scope": "rank"}, engine=ENGINES[engine], train={"precision": "fp16"})
-    for skipped, _, state in two_ranks.run(overflow_once, cfg):
-        assert skipped == [1.0]
-        assert state["scaler"]["scale"] == 2.0**39
-        assert all(torch.isfinite(value).all() for value in state["model"].values())
-
-
 class Shares:
     """Validation data of which the first rank has two batches and the second none."""
 
