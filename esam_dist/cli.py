@@ -21,13 +21,13 @@ from esam_dist import __version__, config, launch, report
 from esam_dist.checkpoint import Checkpoints, State, read
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import build_engine
-from esam_dist.errors import UserError
+from esam_dist.errors import LossNotFiniteError, UserError
 from esam_dist.esam import Memory
 from esam_dist.evaluate import evaluate
-from esam_dist.metrics import Metrics, rewind
+from esam_dist.metrics import Metrics, Standing, rewind
 from esam_dist.models import Classifier, build_model, compile_network
 from esam_dist.ranks import Ranks, joined
-from esam_dist.run_folder import open_run_folder
+from esam_dist.run_folder import History, note_not_finite, open_run_folder, read_history
 from esam_dist.score import watched_head
 from esam_dist.swp import has_norms
 from esam_dist.train import TrainState, final_step, train
@@ -116,18 +116,23 @@ def _train(args: argparse.Namespace) -> int:
     folder = open_run_folder(cfg, ranks)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
     saved = _find_state(cfg, checkpoints, module) if ranks.is_first else None
+    standing = _standing(cfg, ranks, saved, read_history(folder), data) if ranks.is_first else None
     limit = cfg.engine.collective_timeout_seconds
-    with closing(_open_metrics(cfg, ranks, folder, saved, data)) as metrics, joined(limit) as ranks:
+    with closing(_open_metrics(cfg, ranks, folder, standing)) as metrics, joined(limit) as ranks:
         engine = build_engine(module, cfg, ranks)
-        saved = ranks.share(saved)
-        state, memory = TrainState(), Memory()
+        saved, standing = ranks.share((saved, standing))
+        assert standing is not None
+        metrics.take_up(standing)
+        state, memory = _train_state(saved), Memory()
         if saved is not None:
             engine.load_state_dict(saved["engine"])
             memory.load_state_dict(saved.get("method", {}), ranks.device)
-            state = TrainState(**saved["train"])
-            state.restarts += 1
-            metrics.restarted(state.restarts)
-        finished = train(engine, data, validation, cfg, ranks, metrics, checkpoints, state, memory, stop_requested)
+        try:
+            finished = train(engine, data, validation, cfg, ranks, metrics, checkpoints, state, memory, stop_requested)
+        except LossNotFiniteError:
+            if ranks.is_first:
+                note_not_finite(folder)
+            raise
         data.close()
     return 0 if finished else STOPPED
 
@@ -215,19 +220,33 @@ def _check_fits(path: Path, state: State, cfg: config.Config, module: Classifier
         )
 
 
-def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, saved: State | None, data: TrainData) -> Metrics:
-    state = TrainState(**saved["train"]) if saved else TrainState()
-    if ranks.is_first:
-        rewind(folder, state.step)
+def _train_state(saved: State | None) -> TrainState:
+    # Named: checkpoints of earlier versions hold more.
+    return TrainState(saved["train"]["step"], saved["train"]["samples_seen"]) if saved else TrainState()
+
+
+def _standing(cfg: config.Config, ranks: Ranks, saved: State | None, history: History, data: TrainData) -> Standing:
+    state = _train_state(saved)
     samples_per_step = cfg.data.batch_size * ranks.world_size * cfg.train.accumulate
+    return Standing(
+        planned_steps=final_step(cfg, state, data.num_samples, samples_per_step),
+        step=state.step,
+        samples=state.samples_seen,
+        restarts=max(0, history.starts - 1),
+        not_finite=history.not_finite,
+    )
+
+
+def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, standing: Standing | None) -> Metrics:
+    if standing is not None:
+        rewind(folder, standing.step)
     return Metrics(
         folder,
         cfg.metrics,
         rank=ranks.rank,
         local_rank=ranks.local_rank,
         world_size=ranks.world_size,
-        total_steps=final_step(cfg, state, data.num_samples, samples_per_step),
-        samples_before=state.samples_seen,
+        standing=standing,
         run_info={
             "version": __version__,
             "model": cfg.model.name,

@@ -2,8 +2,13 @@
 
 ValueError
   UserError    one line naming key, value and remedy; the command line prints it and exits with status 2
+    LossNotFiniteError    training cannot go on; counted in the run's history
 """
 
 
 class UserError(ValueError):
     """Something the user gave is wrong: the message is one line that names the key, the value and the remedy."""
+
+
+class LossNotFiniteError(UserError):
+    """The training loss became infinite or no number."""

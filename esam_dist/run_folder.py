@@ -2,6 +2,7 @@
 
 config.yaml        the resolved configuration
 environment.json   versions, device, ranks, git revision, command: of the latest start
+history.json       how often it was started, and ended by a loss that is not finite
 metrics.jsonl      one row per log interval and validation
 checkpoints/       see `checkpoint`
 """
@@ -9,9 +10,12 @@ checkpoints/       see `checkpoint`
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,8 +34,17 @@ MAY_CHANGE = (
 )
 
 
+@dataclass(frozen=True)
+class History:
+    """What happened to a run in all its processes, also in those that came to no checkpoint."""
+
+    starts: int = 0
+    not_finite: int = 0
+    """Ends because the training loss was not finite."""
+
+
 def open_run_folder(cfg: config.Config, ranks: Ranks) -> Path:
-    """The run's folder, made and described where this is rank 0.
+    """The run's folder, made and described where this is rank 0, with one more start in its history.
 
     Raises UserError when it holds a run of another configuration, or cannot be written.
     """
@@ -41,13 +54,33 @@ def open_run_folder(cfg: config.Config, ranks: Ranks) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         saved = folder / "config.yaml"
-        if saved.exists() and (folder / "checkpoints").exists():
+        begun = saved.exists() and (folder / "checkpoints").exists()
+        if begun:
             _refuse_another(cfg, folder)
+        # Without a checkpoint nothing says that it is the same run, but that nothing was changed.
+        same = begun or (saved.exists() and saved.read_text() == config.dump(cfg))
         saved.write_text(config.dump(cfg))
         (folder / "environment.json").write_text(json.dumps(environment(ranks), indent=2) + "\n")
+        history = read_history(folder) if same else History()
+        _write_history(folder, replace(history, starts=history.starts + 1))
     except OSError as error:
         raise UserError(f"run.folder = {folder}: cannot be written ({error.strerror}); choose another") from error
     return folder
+
+
+def read_history(folder: Path) -> History:
+    """The history of the run in `folder`; an empty one where none can be read."""
+    try:
+        return History(**json.loads((folder / "history.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return History()
+
+
+def note_not_finite(folder: Path) -> None:
+    """Add to the history of the run in `folder` an end because the training loss was not finite; for rank 0."""
+    history = read_history(folder)
+    with suppress(OSError):  # a full disk is not to hide why the run ends
+        _write_history(folder, replace(history, not_finite=history.not_finite + 1))
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:
@@ -62,6 +95,16 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "git": _git_revision(),
         "command": sys.argv,
     }
+
+
+def _write_history(folder: Path, history: History) -> None:
+    # Moved into place: whoever kills this process finds the old file or the new one.
+    beside = folder / "history.tmp"
+    with beside.open("w") as file:
+        file.write(json.dumps(asdict(history)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(folder / "history.json")
 
 
 def _refuse_another(cfg: config.Config, folder: Path) -> None:

@@ -17,7 +17,7 @@ from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch, TrainData, ValidationData
 from esam_dist.engine import Engine
 from esam_dist.engine.zero3 import Zero3Engine
-from esam_dist.errors import UserError
+from esam_dist.errors import LossNotFiniteError
 from esam_dist.esam import Memory, StepStats, esam_step
 from esam_dist.evaluate import evaluate
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
@@ -40,8 +40,6 @@ class TrainState:
     """Updates made."""
     samples_seen: int = 0
     """Position in the global sequence of samples, over all ranks."""
-    restarts: int = 0
-    """Times that the run was continued from a checkpoint."""
 
 
 def train(
@@ -59,7 +57,7 @@ def train(
     """Train until the configuration's end, moving `state` along; True when it was reached, False when stopped.
 
     A stop is agreed on by all ranks when metrics are due, and leaves a checkpoint.
-    Raises UserError when the loss is not finite: before the next checkpoint, so that the last one is sound.
+    Raises LossNotFiniteError before the next checkpoint, so that the last one is sound.
     """
     samples_per_step = cfg.data.batch_size * ranks.world_size * cfg.train.accumulate
     last_step = final_step(cfg, state, data.num_samples, samples_per_step)
@@ -225,7 +223,7 @@ class Window:
 def _check_finite(row: TrainRow, checkpoints: Checkpoints) -> None:
     if not math.isfinite(row.loss):
         saved = checkpoints.all()
-        raise UserError(
+        raise LossNotFiniteError(
             f"the training loss is not finite at step {row.step}: lower optim.lr (now {row.lr:.3g}) or method.rho "
             f"(now {row.rho:.3g}); newest checkpoint: {saved[-1] if saved else 'none'}"
         )

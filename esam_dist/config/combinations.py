@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from esam_dist import selection
 from esam_dist.errors import UserError
@@ -20,7 +22,8 @@ def check(config: Config) -> None:
 
 def faults(config: Config) -> Faults:
     """All that is ever refused, in an order that does not depend on `config`: whether it is here, and the words."""
-    return [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config), *_metrics(config)]
+    own = [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config)]
+    return [*own, *_metrics(config), *_stream(config)]
 
 
 Faults = list[tuple[bool, str]]
@@ -164,6 +167,45 @@ def _engine(config: Config) -> Faults:
 
 
 def _metrics(config: Config) -> Faults:
-    # the value is not repeated: it would stand in the log
-    reason = "metrics.gateway: holds a password, which config.yaml would keep; let the network protect the gateway"
-    return [("@" in (config.metrics.gateway or ""), reason)]
+    gateway = config.metrics.gateway or ""
+    return [
+        (
+            "@" in gateway,  # the value is not repeated: it would stand in the log
+            "metrics.gateway: holds a password, which config.yaml would keep; let the network protect the gateway",
+        ),
+        (
+            bool(gateway) and not _is_http(gateway),
+            f"metrics.gateway = {gateway!r} is no address; give http://HOST:9091",
+        ),
+    ]
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        port = parts.port  # raises for what is no port
+    except ValueError:
+        return False
+    plain = re.fullmatch(r"[!-~]+", url) and re.fullmatch(r"[\w.:-]+", parts.hostname or "")
+    return bool(plain) and port != 0 and parts.scheme in ("http", "https") and not parts.query
+
+
+VARIABLE = re.compile(r"\$\{\w+\}|\$\w+")
+SECRETS = (
+    r"://[^/@\s:]+@|://[^/@\s:]*:[^/@\s]+@",  # a user alone may be a token
+    r"[?&]sig=[^&\s]",
+    r"(?:signature|token|secret|password|passwd|credential|api[-_]?key|access[-_]?key|auth|authorization)"
+    r"(?:s|[-_]\w+)?['\"]?\s*[=:]\s*"
+    r"(?!(?:(?:basic|bearer|token)\b)?[\s'\"]*(?:[&'\"]|$))[^\s&]",
+    r"(?:^|\s)(?:-u|--user)[\s=]*['\"]?[^\s:'\"]*:[^\s'\"]",
+)
+
+
+def _stream(config: Config) -> Faults:
+    literal = VARIABLE.sub("", config.data.stream)
+    # Not repeated either. This finds the usual forms, not every secret.
+    reason = (
+        "data.stream: holds what looks like a password, token or signature, which config.yaml and logs would keep; put "
+        "it in an environment variable and write ${NAME} there (on a command line in single quotes)"
+    )
+    return [(any(re.search(form, literal, re.IGNORECASE) for form in SECRETS), reason)]

@@ -1,6 +1,9 @@
 """Fetch whole shards from where webdataset can open them: retried with growing pauses, kept in a folder if asked to.
 
 A shard is fetched whole before it is read, so a connection that breaks in the middle costs a retry, not samples.
+
+`${NAME}` in a URL stands for a variable of the environment. It is filled in where the shard is opened and nowhere else,
+so that a secret is in no log, and in no file of the run.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -26,6 +30,9 @@ FIRST_PAUSE_SECONDS = 0.5
 TIMEOUT_SECONDS = 60.0
 
 
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
 class FetchError(Exception):
     """A shard that could not be fetched, after all tries."""
 
@@ -39,10 +46,11 @@ def fetch(url: str, *, tries: int, cache: Path | None = None, first_pause: float
         try:
             return _fetch_once(url, kept)
         except (OSError, HTTPException, ValueError) as error:
+            reason = _hidden(str(error), url)
             if attempt == tries:
-                raise FetchError(f"{url}: {error} ({tries} tries)") from None
+                raise FetchError(f"{url}: {reason} ({tries} tries)") from None
             pause = (FIRST_PAUSE_SECONDS if first_pause is None else first_pause) * 2 ** (attempt - 1)
-            log.warning("%s: %s; trying again in %.1f s", url, error, pause)
+            log.warning("%s: %s; trying again in %.1f s", url, reason, pause)
             time.sleep(pause)
     raise AssertionError("unreachable: the last try returns or raises")
 
@@ -68,7 +76,32 @@ def _fetch_once(url: str, kept: Path | None) -> IO[bytes]:
     return file
 
 
+def variables(url: str) -> dict[str, str | None]:
+    """The variables that `url` names, with their values, None where the environment has none.
+
+    A shell fills in those of a `pipe:` itself, and may have more of its own: none are named here.
+    """
+    if url.startswith("pipe:"):
+        return {}
+    # A secret that was read from a file often ends with a line break.
+    return {name: os.environ[name].strip() if name in os.environ else None for name in VARIABLE.findall(url)}
+
+
+def _filled(url: str) -> str:
+    values = variables(url)
+    return VARIABLE.sub(lambda found: values.get(found[1]) or "", url) if values else url
+
+
+def _hidden(text: str, url: str) -> str:
+    """`text` with the names in place of the values that `_filled` put into `url`."""
+    for name, value in variables(url).items():
+        for shown in {value, repr(value)[1:-1]} if value else ():
+            text = text.replace(shown, f"${{{name}}}")
+    return text
+
+
 def _copy(url: str, file: IO[bytes]) -> None:
+    url = _filled(url)
     if url.startswith(("http://", "https://")):
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
             shutil.copyfileobj(answer, file, 1 << 20)

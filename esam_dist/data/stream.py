@@ -22,7 +22,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from esam_dist import config
 from esam_dist.data.dataset import SampleError
 from esam_dist.data.decode import SUFFIXES, Pixels
-from esam_dist.data.fetch import FetchError, fetch
+from esam_dist.data.fetch import VARIABLE, FetchError, fetch, variables
 from esam_dist.data.order import mix
 from esam_dist.data.raw import AHEAD, Raw, Ring, Skip
 from esam_dist.data.samples import View, image_size
@@ -56,7 +56,8 @@ class StreamedBatches(IterableDataset[Raw]):
         self.workers = cfg.workers
         self._ring = Ring(cfg, cfg.workers)
         self._view = View(cfg, train=True)
-        self._max_lost = min(MAX_LOST_SHARDS, len(set(webdataset.ResampledShards(cfg.stream).urls)))
+        self._pattern = VARIABLE.sub(r"$\\{\1\\}", cfg.stream)  # webdataset would look up WDS_NAME, and show the value
+        self._max_lost = min(MAX_LOST_SHARDS, len(set(webdataset.ResampledShards(self._pattern).urls)))
 
     def __iter__(self) -> Iterator[Raw]:
         """Batches; one without samples, but with the reasons, when several shards in a row cannot be fetched."""
@@ -113,7 +114,7 @@ class StreamedBatches(IterableDataset[Raw]):
         """Samples of shards drawn with replacement, in a buffer's random order; what is lost comes at once."""
         random = Random(seed)
         buffer: list[Sample] = []
-        shards = webdataset.ResampledShards(self._cfg.stream, seed=seed, deterministic=True, worker_seed=lambda: 0)
+        shards = webdataset.ResampledShards(self._pattern, seed=seed, deterministic=True, worker_seed=lambda: 0)
         for shard in shards:
             for sample in self._shard(shard["url"]):
                 if isinstance(sample, Skip):
@@ -150,6 +151,10 @@ def check_stream(cfg: config.Data) -> None:
             f"data.stream_samples = {cfg.stream_samples}: data.stream needs the number of samples that count as an "
             "epoch, such as 1281167"
         )
+    named = [variables(url) for url in cfg.stream.split("::")]
+    unset = [name for values in named for name, value in values.items() if value is None]
+    if unset:
+        raise UserError(f"data.stream names ${{{unset[0]}}}, which is not in the environment; export it on every node")
     if cfg.stream.startswith("pipe:") and shutil.which(cfg.stream.removeprefix("pipe:").split()[0]) is None:
         raise UserError(f"data.stream = {cfg.stream!r}: there is no such command; install it or mend the URL")
 

@@ -1,7 +1,9 @@
 """The Prometheus side: names, help texts, and the values of one rank.
 
 A gauge that has no value yet is absent, not 0: an alert on a missing loss is honest, one on a loss of 0 is not.
-Counters start at 0 in every process, as Prometheus expects; only `esam_restarts_total` counts over processes.
+Counters start at 0 in every process, as Prometheus expects, with every label value that they can have: it sees no rise
+in a series that begins. Those of the run's history count over its processes, and are absent on a rank that does not
+know it yet: 0 would look like a rise by all of it.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import math
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from esam_dist.metrics.rows import TrainRow, ValidationRow
+from esam_dist.metrics.rows import Standing, TrainRow, ValidationRow
 
 GAUGES = {
     "esam_step": "Updates finished since the beginning of the run.",
@@ -48,12 +50,19 @@ COUNTERS = {
     "esam_samples_total": "Training samples seen by all ranks.",
     "esam_kept_samples_total": "Training samples kept for the descent by all ranks (SDS).",
     "esam_skipped_perturbations_total": "Updates without perturbation, because the ascent gradient was not finite.",
+}
+HISTORY = {
     "esam_restarts_total": "Starts of this run after the first.",
+    "esam_loss_not_finite_total": "Ends of this run because the training loss was not finite.",
 }
 OPTIONAL = {"esam_sharpness", "esam_selection_threshold"}
 SKIPPED = ("esam_skipped_samples_total", "Training samples that this rank could not read, by reason.")
 PHASE = ("esam_phase_seconds", "Seconds of this rank in one phase of an update, a checkpoint or a validation.")
 INFO = ("esam_run_info", "What runs: always 1, the facts are labels.")
+REASONS = (
+    *("unreadable", "empty", "checksum", "undecodable", "too_large", "label"),
+    *("unreachable", "broken_shard"),  # when streaming
+)
 PHASES = ("data", "ascent", "score", "select", "descent", "update", "checkpoint", "validate")
 BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -63,7 +72,7 @@ BUCKETS = (
 
 def names() -> dict[str, str]:
     """Every exposed metric name with its help text: what dashboards, rules and documentation are checked against."""
-    return GAUGES | RANK_GAUGES | COUNTERS | dict([SKIPPED, PHASE, INFO])
+    return GAUGES | RANK_GAUGES | COUNTERS | HISTORY | dict([SKIPPED, PHASE, INFO])
 
 
 class Exposition(Collector):
@@ -79,6 +88,8 @@ class Exposition(Collector):
         self._phase = Histogram(*PHASE, ["rank", "phase"], buckets=BUCKETS, registry=registry)
         for phase in PHASES:
             self._phase.labels(self._rank, phase)
+        for reason in REASONS:
+            self._skipped.labels(self._rank, reason)
         Info(INFO[0].removesuffix("_info"), INFO[1], registry=registry).info(run_info | {"rank": self._rank})
         ProcessCollector(registry=registry)
         registry.register(self)
@@ -94,14 +105,20 @@ class Exposition(Collector):
         """The gauge's value, None where it has none."""
         return self._values.get(name)
 
-    def count_from(self, samples: int) -> None:
-        """Leave the `samples` that earlier processes of this run saw out of `esam_samples_total`."""
-        self._samples = samples
+    def take_up(self, standing: Standing) -> None:
+        """Show where the run stands; what earlier processes saw is left out of `esam_samples_total`."""
+        self._samples = standing.samples
+        self.set("esam_planned_steps", standing.planned_steps)
+        self.set("esam_step", standing.step)
+        self.set("esam_restarts_total", standing.restarts)
+        self.set("esam_loss_not_finite_total", standing.not_finite)
 
     def train(self, row: TrainRow) -> None:
         """Take over one log interval."""
         for name, value in _gauges(row).items():
             self.set(name, value)
+        if not math.isfinite(row.loss):
+            self.set("esam_loss_not_finite_total", (self.get("esam_loss_not_finite_total") or 0) + 1)
         self._counters["esam_samples_total"].inc(max(0, row.samples - self._samples))
         self._samples = row.samples
         self._counters["esam_kept_samples_total"].inc(row.kept_samples)
@@ -126,13 +143,8 @@ class Exposition(Collector):
         """Add one duration to the histogram of phases."""
         self._phase.labels(self._rank, phase).observe(seconds)
 
-    def restarted(self, count: int) -> None:
-        """Set the number of restarts of the whole run, which only grows."""
-        counter = self._counters["esam_restarts_total"]
-        counter.inc(max(0, count - (self.registry.get_sample_value("esam_restarts_total") or 0)))
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        """Yield the gauges that have a value; called by the registry on every scrape."""
+    def collect(self) -> Iterable[Metric]:
+        """Yield what has a value; called by the registry on every scrape."""
         for name, text in GAUGES.items():
             if (value := self.get(name)) is not None:
                 yield GaugeMetricFamily(name, text, value=value)
@@ -141,16 +153,20 @@ class Exposition(Collector):
                 family = GaugeMetricFamily(name, text, labels=["rank"])
                 family.add_metric([self._rank], value)
                 yield family
+        for name, text in HISTORY.items():
+            if (value := self.get(name)) is not None:
+                yield CounterMetricFamily(name, text, value=value)
 
-    def describe(self) -> Iterable[GaugeMetricFamily]:
-        """Yield all gauges, so that the registry refuses a second metric of the same name."""
+    def describe(self) -> Iterable[Metric]:
+        """Yield all of these, so that the registry refuses a second metric of the same name."""
         for name, text in (GAUGES | RANK_GAUGES).items():
             yield GaugeMetricFamily(name, text)
+        for name, text in HISTORY.items():
+            yield CounterMetricFamily(name, text)
 
 
 def _gauges(row: TrainRow) -> dict[str, float | None]:
     return {
-        "esam_step": row.step,
         "esam_epoch": row.epoch,
         "esam_train_loss": row.loss,
         "esam_learning_rate": row.lr,

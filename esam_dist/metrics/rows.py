@@ -6,6 +6,21 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Standing:
+    """Where a run stands when a process takes it up."""
+
+    planned_steps: int
+    """Updates of the whole run."""
+    step: int = 0
+    samples: int = 0
+    """Seen by all ranks of earlier processes."""
+    restarts: int = 0
+    """Starts after the first, this one included."""
+    not_finite: int = 0
+    """Earlier processes that ended because the loss was not finite."""
+
+
+@dataclass(frozen=True)
 class TrainRow:
     """One log interval. Without another word a value is the mean of the interval over all ranks."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
+from http.client import HTTPException
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -14,15 +16,18 @@ from esam_dist.metrics.board import TensorBoard
 from esam_dist.metrics.console import Bar, Lines, wants_bar
 from esam_dist.metrics.health import Pulse, Server
 from esam_dist.metrics.prometheus import Exposition
-from esam_dist.metrics.rows import TrainRow, ValidationRow
+from esam_dist.metrics.rows import Standing, TrainRow, ValidationRow
 
 log = logging.getLogger("esam_dist")
+
+PUSHED_JOB = "esam_pushed"
+"""The label `job` of pushed values, by which rules leave them out: a gateway shows them for ever."""
 
 
 class Metrics:
     """Every sink of one rank: Prometheus on each rank; metrics.jsonl, TensorBoard and the console on rank 0.
 
-    `total_steps` is the run's planned number of updates; `samples_before` what earlier processes of this run had seen.
+    `standing` is where the run stands; ranks other than 0 get to know it when they have met, and then call `take_up`.
     Raises UserError when the endpoint's address is taken or TensorBoard is missing.
     """
 
@@ -34,25 +39,30 @@ class Metrics:
         rank: int,
         local_rank: int,
         world_size: int,
-        total_steps: int,
         run_info: dict[str, str],
+        standing: Standing | None = None,
         registry: CollectorRegistry | None = None,
-        samples_before: int = 0,
     ) -> None:
         self.registry = registry or CollectorRegistry()
         self._cfg, self._rank, self._restarts = cfg, rank, 0
         self._run = run_info.get("run", folder.name)
         self._prometheus = Exposition(self.registry, rank=rank, world_size=world_size, run_info=run_info)
-        self._prometheus.count_from(samples_before)
-        self._prometheus.set("esam_planned_steps", total_steps)
         self._prometheus.set("esam_start_timestamp_seconds", time.time())
+        if standing is not None:
+            self.take_up(standing)
         self.pulse = Pulse(cfg.stall_seconds)
         self._server = Server(self.registry, self.pulse, cfg.bind, cfg.port + local_rank) if cfg.port else None
         self._board = TensorBoard(folder) if cfg.tensorboard and rank == 0 else None
         self._lines = jsonl.JsonLines(folder) if rank == 0 else None
         self._console: Bar | Lines | None = None
-        if rank == 0:
-            self._console = Bar(total_steps) if wants_bar(cfg.progress) else Lines(total_steps)
+        if rank == 0 and standing is not None:
+            total = standing.planned_steps
+            self._console = Bar(total) if wants_bar(cfg.progress) else Lines(total)
+
+    def take_up(self, standing: Standing) -> None:
+        """Show where the run stands, before the first update of this process."""
+        self._restarts = standing.restarts
+        self._prometheus.take_up(standing)
 
     def train(self, row: TrainRow) -> None:
         """Report one log interval; every rank calls it."""
@@ -73,6 +83,7 @@ class Metrics:
     def progress(self, steps: int) -> None:
         """Report that `steps` updates of the run are finished (not: how many more); cheap enough for every update."""
         self.pulse.stepped(steps)
+        self._prometheus.set("esam_step", steps)
         self._prometheus.set("esam_last_step_timestamp_seconds", time.time())
         if self._console:
             self._console.progress(steps)
@@ -91,19 +102,15 @@ class Metrics:
         if self._console:
             self._console.checkpoint(step, seconds)
 
-    def restarted(self, count: int) -> None:
-        """Report how often this run was started after the first time."""
-        self._restarts = count
-        self._prometheus.restarted(count)
-
     def close(self) -> None:
-        """Flush every sink, push the final values where `metrics.gateway` says so, and close the endpoint."""
-        if self._cfg.gateway:
-            self._push(self._cfg.gateway)
-        for sink in (self._lines, self._board, self._console, self._server):
-            if sink:
-                sink.close()
-        self._lines = self._board = self._console = self._server = None
+        """Push the final values where `metrics.gateway` says so, and close every sink, whatever another one raises."""
+        with ExitStack() as stack:
+            for sink in (self._server, self._console, self._board, self._lines):
+                if sink:
+                    stack.callback(sink.close)
+            self._lines = self._board = self._console = self._server = None
+            if self._cfg.gateway:
+                self._push(self._cfg.gateway)
 
     def _write(self, kind: str, values: dict[str, object]) -> None:
         if self._lines:
@@ -116,6 +123,7 @@ class Metrics:
 
         group = {"run": self._run, "rank": str(self._rank)}
         try:
-            push_to_gateway(gateway, job="esam", grouping_key=group, registry=self.registry, timeout=10)
-        except OSError as error:  # a run that trained for days does not fail because nobody listens
+            push_to_gateway(gateway, job=PUSHED_JOB, grouping_key=group, registry=self.registry, timeout=10)
+        except (OSError, HTTPException, ValueError) as error:
+            # A run that trained for days does not fail because nobody listens.
             log.warning("metrics.gateway = %s: the final values were not taken (%s)", gateway, error)

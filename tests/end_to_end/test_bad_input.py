@@ -151,8 +151,11 @@ def test_run_folder_that_cannot_be_made(tiny, tmp_path):
     assert_refused(here("train", tiny, f"run.folder={tmp_path / 'file' / 'run'}"), "run.folder", "choose another")
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_says_why(start):
-    assert_refused(start("optim.lr=1e30", "optim.warmup_epochs=0", "train.max_steps=9"), "not finite", "lower optim.lr")
+def test_loss_that_is_not_finite_stops_the_run_says_why_and_is_counted(start, tmp_path):
+    for ends in (1, 2):
+        answer = start("optim.lr=1e30", "optim.warmup_epochs=0", "train.max_steps=9")
+        assert_refused(answer, "not finite", "lower optim.lr")
+        assert json.loads((tmp_path / "run/history.json").read_text()) == {"starts": ends, "not_finite": ends}
 
 
 def test_evaluate_without_a_run(tmp_path):

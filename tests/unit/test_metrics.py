@@ -3,16 +3,18 @@
 import json
 import logging
 import math
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from esam_dist import config
 from esam_dist.errors import UserError
-from esam_dist.metrics import Metrics, TrainRow, ValidationRow, jsonl, rewind
-from esam_dist.metrics.prometheus import PHASES, names
+from esam_dist.metrics import Metrics, Standing, TrainRow, ValidationRow, jsonl, rewind
+from esam_dist.metrics.prometheus import HISTORY, PHASES, REASONS, names
 
 ROW = TrainRow(
     step=10,
@@ -32,21 +34,25 @@ ROW = TrainRow(
     samples=1280,
     kept_samples=640,
     skipped_perturbations=1,
-    skipped_samples={"corrupt": 2},
+    skipped_samples={"checksum": 2},
     phases={"ascent": [0.1, 0.3], "descent": [0.2, 0.2]},
 )
 VALIDATION = ValidationRow(step=10, epoch=0.5, accuracy=0.9, top5_accuracy=0.99, loss=0.3, seconds=1.5)
 DESIGN_KEYS = ["kind", "step", "epoch", "loss", "lr", "grad_norm", "sharpness", "kept_fraction", "images_per_second"]
 
 
-def build(folder, rank=0, **cfg):
+BEGINNING = Standing(planned_steps=100)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(folder, rank=0, standing=BEGINNING, **cfg):
     return Metrics(
         folder,
         config.Metrics(**cfg),
         rank=rank,
         local_rank=rank,
         world_size=2,
-        total_steps=100,
+        standing=standing,
         run_info={"model": "cifar_resnet8", "method": "esam"},
         registry=CollectorRegistry(),
     )
@@ -70,7 +76,7 @@ def test_train_row_reaches_every_prometheus_name(metrics):
     assert value("esam_samples_total") == 1280
     assert value("esam_kept_samples_total") == 640
     assert value("esam_skipped_perturbations_total") == 1
-    assert value("esam_skipped_samples_total", {"rank": "0", "reason": "corrupt"}) == 2
+    assert value("esam_skipped_samples_total", {"rank": "0", "reason": "checksum"}) == 2
     assert value("esam_phase_seconds_sum", {"rank": "0", "phase": "ascent"}) == pytest.approx(0.4)
     assert value("esam_phase_seconds_count", {"rank": "0", "phase": "checkpoint"}) == 1
     assert value("esam_phase_seconds_sum", {"rank": "0", "phase": "validate"}) == 1.5
@@ -86,6 +92,7 @@ def test_values_that_do_not_exist_yet_are_absent_and_not_zero(metrics):
     assert value("esam_train_loss") is None
     assert value("esam_checkpoint_last_success_timestamp_seconds") is None
     assert value("esam_samples_total") == 0
+    assert all(value("esam_skipped_samples_total", {"rank": "0", "reason": reason}) == 0 for reason in REASONS)
     assert all(value("esam_phase_seconds_count", {"rank": "0", "phase": phase}) == 0 for phase in PHASES)
     metrics.train(ROW)
     assert value("esam_selection_threshold") == 0.2
@@ -102,22 +109,36 @@ def test_counters_grow_by_what_is_new(metrics):
     assert metrics.registry.get_sample_value("esam_kept_samples_total") == 1280
 
 
-def test_samples_of_earlier_processes_are_not_counted_again(tmp_path):
-    metrics = Metrics(
-        tmp_path,
-        config.Metrics(),
-        rank=1,
-        local_rank=1,
-        world_size=2,
-        total_steps=1,
-        run_info={},
-        samples_before=1000,
-    )
+def test_reasons_are_those_of_the_documentation_and_of_the_code():
+    text = (ROOT / "docs/data.md").read_text()
+    documented = re.search(r"Reasons: (.*?)More than", text, re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", documented)) == set(REASONS)
+    sources = "".join(path.read_text() for path in (ROOT / "esam_dist/data").glob("*.py"))
+    raised = re.findall(r'SampleError\(\s*"(\w+)"|Skip\(\w+, "(\w+)"', sources)
+    assert {first or second for first, second in raised} == set(REASONS)
+
+
+def test_what_earlier_processes_did_is_known_at_once_on_rank_0_and_on_others_when_the_ranks_have_met(tmp_path):
+    standing = Standing(planned_steps=100, step=9, samples=1000, restarts=3, not_finite=1)
+    first, second = build(tmp_path, standing=standing), build(tmp_path, rank=1, standing=None)
+    told = [*HISTORY, "esam_planned_steps", "esam_step"]
+    assert [first.registry.get_sample_value(name) for name in told] == [3, 1, 100, 9]
+    assert [second.registry.get_sample_value(name) for name in told] == [None] * 4
+    second.take_up(standing)
+    assert [second.registry.get_sample_value(name) for name in told] == [3, 1, 100, 9]
+    for metrics in (first, second):
+        metrics.train(ROW)
+        assert metrics.registry.get_sample_value("esam_samples_total") == 280
+        metrics.close()
+    assert jsonl.read(tmp_path)[0]["restarts"] == 3
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_counted(metrics, loss):
     metrics.train(ROW)
-    assert metrics.registry.get_sample_value("esam_samples_total") == 280
-    metrics.restarted(3)
-    assert metrics.registry.get_sample_value("esam_restarts_total") == 3
-    metrics.close()
+    assert metrics.registry.get_sample_value("esam_loss_not_finite_total") == 0
+    metrics.train(replace(ROW, loss=loss))
+    assert metrics.registry.get_sample_value("esam_loss_not_finite_total") == 1
 
 
 def test_jsonl_rows_have_the_keys_of_the_contract_in_order(tmp_path, metrics):
@@ -228,13 +249,6 @@ def test_progress_is_nearly_free(metrics):
     assert (time.perf_counter() - start) / 10_000 < 100e-6
 
 
-def test_missing_gateway_is_a_warning_and_no_failure(tmp_path, caplog):
-    metrics = build(tmp_path, gateway="http://127.0.0.1:9")
-    metrics.train(ROW)
-    metrics.close()
-    assert "metrics.gateway = http://127.0.0.1:9: the final values were not taken" in caplog.text
-
-
 def test_close_twice_is_no_error(metrics):
     metrics.close()
 
@@ -243,9 +257,3 @@ def test_missing_tensorboard_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr("esam_dist.metrics.board.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"metrics.tensorboard = true.*pip install 'esam-dist\[tensorboard\]'"):
         build(tmp_path, tensorboard=True)
-
-
-def test_password_in_the_gateway_is_refused_and_not_repeated():
-    with pytest.raises(UserError, match=r"metrics\.gateway: holds a password") as error:
-        config.parse({"metrics": {"gateway": "http://me:secret@host:9091"}}, "a.yaml")
-    assert "secret" not in str(error.value)

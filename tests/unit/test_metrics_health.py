@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from esam_dist import config
 from esam_dist.errors import UserError
-from esam_dist.metrics import Metrics
+from esam_dist.metrics import Metrics, Standing
 from esam_dist.metrics.health import Pulse, Server
 
 
@@ -111,7 +111,6 @@ def test_taken_port_is_one_line_with_key_value_and_remedy(tmp_path):
                 rank=1,
                 local_rank=1,
                 world_size=2,
-                total_steps=1,
                 run_info={},
             )
     assert f"metrics.port = {port}" in str(error.value)
@@ -137,7 +136,13 @@ def test_endpoint_lives_until_close(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     metrics = Metrics(
-        tmp_path, config.Metrics(port=port), rank=0, local_rank=0, world_size=1, total_steps=1, run_info={}
+        tmp_path,
+        config.Metrics(port=port),
+        rank=0,
+        local_rank=0,
+        world_size=1,
+        run_info={},
+        standing=Standing(planned_steps=1),
     )
     assert "esam_planned_steps 1.0" in get(port, "/metrics")[1]
     metrics.close()

@@ -15,11 +15,12 @@ from esam_dist.report import chart, page, runs
 from esam_dist.report.command import summary
 
 
-def write_run(folder, *, method="esam", seed=0, offset=0.0, restarts=0, note="x"):
+def write_run(folder, *, method="esam", seed=0, offset=0.0, restarts=0, note="x", torch="2.14.1"):
     folder.mkdir(parents=True)
     settings = {"run": {"seed": seed, "folder": str(folder)}, "method": {"name": method}, "data": {"path": note}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "environment.json").write_text(json.dumps({"versions": {"torch": "2.15"}, "git": None}))
+    environment = {"versions": {"torch": torch, "python": "3.11"}, "git": None, "command": ["esam-dist", "a=<b>"]}
+    (folder / "environment.json").write_text(json.dumps(environment))
     rows = []
     for step in range(10, 110, 10):
         row = {"kind": "train", "step": step, "epoch": step / 20, "loss": 2.0 / step + offset, "lr": 0.1}
@@ -106,6 +107,29 @@ def test_settings_that_differ_stand_out(tmp_path):
     text = page.page(runs.group([write_run(tmp_path / m, method=m) for m in ("sgd", "esam")]))
     differing = re.findall(r'<tr class="differs"><td>([^<]*)', text)
     assert set(differing) == {"run.folder", "method.name"}
+
+
+def test_environments_are_shown_and_what_differs_stands_out(tmp_path):
+    one, other = (write_run(tmp_path / name, seed=i) for i, name in enumerate(("one", "other")))
+    alone = page.page(runs.group([one])).partition("<h2>Environment</h2>")[2]
+    for key, value in (("versions: torch", "2.14.1"), ("git", "None"), ("command", "esam-dist a=<wbr>&lt;b&gt;")):
+        assert f'<tr><td>{key}</td><td class="config">{value}</td></tr>' in alone
+    both = page.page(runs.group([one, other])).partition("<h2>Environment</h2>")[2]
+    assert "The same in all runs: 4 values" in both
+    assert 'class="differs"' not in both
+    newer = write_run(tmp_path / "newer", seed=2, torch="2.15.0")
+    both = page.page(runs.group([one, newer])).partition("<h2>Environment</h2>")[2]
+    assert re.findall(r'<tr class="differs"><td>([^<]*)(.*?)</tr>', both) == [
+        ("versions: torch", '</td><td class="config">2.14.1</td><td class="config">2.15.0</td>')
+    ]
+    assert "The same in all runs: 3 values" in both
+
+
+def test_run_without_a_description_says_so(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "run/environment.json").unlink()
+    text = page.page(runs.group([runs.read(tmp_path / "run")]))
+    assert text.partition("<h2>Environment</h2>")[2].startswith("<p>Not reported.</p>")
 
 
 def test_run_that_has_only_begun_is_reported_without_curves(tmp_path):

@@ -10,7 +10,7 @@ from esam_dist import config
 from esam_dist.config import Config
 from esam_dist.errors import UserError
 from esam_dist.ranks import Ranks
-from esam_dist.run_folder import MAY_CHANGE, open_run_folder
+from esam_dist.run_folder import MAY_CHANGE, History, note_not_finite, open_run_folder, read_history
 
 
 @pytest.fixture
@@ -70,6 +70,32 @@ def test_how_far_where_and_how_watched_may_change(folder, override):
 def test_a_folder_without_checkpoints_is_free_for_another_config(folder):
     open_run_folder(configured(folder), Ranks())
     open_run_folder(configured(folder, "method.rho=0.1"), Ranks())
+
+
+def test_every_start_is_counted_whether_or_not_the_one_before_left_a_checkpoint(folder):
+    for starts in (1, 2):
+        open_run_folder(configured(folder), Ranks(world_size=2))
+        open_run_folder(configured(folder), Ranks(rank=1, world_size=2))
+        assert read_history(folder) == History(starts=starts)
+    note_not_finite(folder)
+    (folder / "checkpoints").mkdir()
+    open_run_folder(configured(folder, "train.epochs=99"), Ranks())
+    assert read_history(folder) == History(starts=3, not_finite=1)
+
+
+def test_another_run_in_the_folder_has_a_history_of_its_own(folder):
+    open_run_folder(configured(folder), Ranks())
+    note_not_finite(folder)
+    open_run_folder(configured(folder, "method.rho=0.1"), Ranks())
+    assert read_history(folder) == History(starts=1)
+
+
+@pytest.mark.parametrize("text", ["", '{"starts": 3', "[]", '{"ends": 3}'])
+def test_a_history_that_cannot_be_read_begins_anew(folder, text):
+    open_run_folder(configured(folder), Ranks())
+    (folder / "history.json").write_text(text)
+    open_run_folder(configured(folder), Ranks())
+    assert read_history(folder) == History(starts=1)
 
 
 def test_a_new_run_over_an_old_one_is_refused(folder):
