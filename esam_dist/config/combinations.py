@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Raise UserError for the first combination in `config` that is refused."""
-    faults = [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config), *_metrics(config)]
+    faults = [
+        *_out_of_range(config),
+        *_data(config),
+        *_optimizer(config),
+        *_method(config),
+        *_engine(config),
+        *_metrics(config),
+    ]
     for is_refused, reason in faults:
         if is_refused:
             raise UserError(reason)
@@ -30,6 +37,21 @@ def _out_of_range(config: Config) -> Faults:
     ]
     return faults + [
         (value < 0.0, f"method.rho = {value:g} is negative; give a radius >= 0") for value in method.rho.values()
+    ]
+
+
+def _data(config: Config) -> Faults:
+    progressive = config.data.progressive
+    epochs, sizes = [epoch for epoch, _ in progressive], [size for _, size in progressive]
+    return [
+        (
+            any(size < 1 or size != int(size) for size in sizes),
+            f"data.progressive = {progressive}: a size is a whole number of pixels; write [[epoch, size], ...]",
+        ),
+        (
+            epochs != sorted(set(epochs)),
+            f"data.progressive = {progressive}: each entry begins after the one before; sort them by epoch",
+        ),
     ]
 
 

@@ -145,6 +145,13 @@ def test_value_out_of_range_is_refused_by_key(file, override):
         (["optim.nesterov=true", "optim.name=adamw"], "optim.nesterov"),
         (["optim.schedule=step"], "optim.step_epochs"),
         (["engine.name=deepspeed", "engine.zero_stage=3"], "engine.zero_stage"),
+        (["data.progressive=[[0, 0]]"], "a size is a whole number of pixels"),
+        (["data.progressive=[[0, 128.5]]"], "data.progressive"),
+        (
+            ["data.progressive=[[10, 160], [0, 128]]"],
+            "each entry begins after the one before",
+        ),
+        (["data.progressive=[[0, 160], [0, 128]]"], "data.progressive"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(file, overrides, key):
