@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from esam_dist.data import Batch, ValidationData
+from esam_dist.errors import UserError
 from esam_dist.ranks import Ranks
 
 
@@ -39,7 +40,7 @@ def evaluate(
 
     Ranks may hold unequal numbers of batches: the only collective is the sum at the end. `in_step` is for a module
     whose forward pass is itself a collective (ZeRO 3): a rank that has no batch left passes an empty one along.
-    `beat` is called after every batch: a sign of life.
+    `beat` is called after every batch: a sign of life. Raises UserError, on all ranks, when no sample could be read.
     """
     was_training = module.training
     module.eval()
@@ -53,6 +54,8 @@ def evaluate(
         totals += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, counted])
     module.train(was_training)
     first, top5, loss_sum, num_samples = ranks.sum_(totals).tolist()
+    if not num_samples:
+        raise UserError("data.path: not one sample of the validation set can be read; prepare the data again")
     return Score(first / num_samples, top5 / num_samples, loss_sum / num_samples, int(num_samples))
 
 

@@ -207,17 +207,18 @@ class Window:
             samples=self._state.samples_seen,
             kept_samples=int(kept),
             skipped_perturbations=int(skipped),
-            skipped_samples=self._newly_skipped(),
+            skipped_samples=_newly(self._data.skipped, self._skipped_samples),
             phases=phases,
         )
         self._stats.clear()
+        self._skipped_samples = dict(self._data.skipped)
         self._start_step, self._start_samples = self._state.step, self._state.samples_seen
         self.restart()
         return row, stops > 0
 
-    def _newly_skipped(self) -> dict[str, int]:
-        before, self._skipped_samples = self._skipped_samples, dict(self._data.skipped)
-        return {reason: count - before.get(reason, 0) for reason, count in self._skipped_samples.items()}
+
+def _newly(counts: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    return {reason: count - before.get(reason, 0) for reason, count in counts.items()}
 
 
 def _check_finite(row: TrainRow, checkpoints: Checkpoints) -> None:
@@ -232,7 +233,7 @@ def _check_finite(row: TrainRow, checkpoints: Checkpoints) -> None:
 def _validate(
     engine: Engine, validation: ValidationData, ranks: Ranks, metrics: Metrics, state: TrainState, num_samples: int
 ) -> float:
-    start = time.perf_counter()
+    start, skipped = time.perf_counter(), dict(validation.skipped)
     in_step = isinstance(engine, Zero3Engine)
     score = evaluate(engine.module, validation, ranks, in_step=in_step, beat=metrics.heartbeat)
     metrics.validation(
@@ -243,6 +244,7 @@ def _validate(
             top5_accuracy=score.top5_accuracy,
             loss=score.loss,
             seconds=time.perf_counter() - start,
+            skipped_samples=_newly(validation.skipped, skipped),
         )
     )
     return score.accuracy

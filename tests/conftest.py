@@ -1,6 +1,7 @@
 """What the tests share: prepared digits, and a run as small as can be."""
 
 import os
+import shutil
 from pathlib import Path
 
 # Before torch is imported: two ranks on two cores are slower with more threads, and sums depend on their number.
@@ -24,6 +25,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "digits"
     prepare_digits(root)
     return root
+
+
+@pytest.fixture
+def copy(digits: Path, tmp_path: Path) -> Path:
+    """A copy of the digits for one test to damage."""
+    return Path(shutil.copytree(digits, tmp_path / "digits"))
 
 
 class FewDigits(Digits):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from esam_dist.data import prepare
 from esam_dist.data.dataset import open_split
+from esam_dist.data.prepare.source import digest_of
 from esam_dist.errors import UserError
 
 
@@ -91,3 +92,19 @@ def class_folders(root: Path, size=(40, 30)) -> Path:
         for number in range(20):
             (root / name / f"{number}.JPEG").write_bytes(jpeg(picture(label, number, size)))
     return root
+
+
+class Noise:
+    """60 smooth random pictures of 48x40 in 4 classes."""
+
+    name, class_names = "noise", ("a", "b", "c", "d")
+    digest = digest_of(["noise"])
+
+    def __init__(self):
+        self.labels = {"train": [i % 4 for i in range(60)], "validation": [0, 1, 2, 3]}
+
+    def read(self, split: str, sample: int) -> tuple[bytes, str]:
+        small = np.random.default_rng(sample).integers(0, 256, (5, 6, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+        return file.getvalue(), "jpg"

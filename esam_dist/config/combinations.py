@@ -22,7 +22,7 @@ def check(config: Config) -> None:
 
 def faults(config: Config) -> Faults:
     """All that is ever refused, in an order that does not depend on `config`: whether it is here, and the words."""
-    own = [*_out_of_range(config), *_optimizer(config), *_method(config), *_engine(config)]
+    own = [*_out_of_range(config), *_data(config), *_optimizer(config), *_method(config), *_engine(config)]
     return [*own, *_metrics(config), *_stream(config)]
 
 
@@ -40,6 +40,21 @@ def _out_of_range(config: Config) -> Faults:
         (beta != 1.0, f"method.beta = {beta:g} is out of range; give a share in (0, 1]"),
         (gamma != 1.0, f"method.gamma = {gamma:g} is out of range; give a share in (0, 1]"),
         (rho < 0.0, f"method.rho = {rho:g} is negative; give a radius >= 0"),
+    ]
+
+
+def _data(config: Config) -> Faults:
+    progressive = config.data.progressive
+    epochs, sizes = [epoch for epoch, _ in progressive], [size for _, size in progressive]
+    return [
+        (
+            any(size < 1 or size != int(size) for size in sizes),
+            f"data.progressive = {progressive}: a size is a whole number of pixels; write [[epoch, size], ...]",
+        ),
+        (
+            epochs != sorted(set(epochs)),
+            f"data.progressive = {progressive}: each entry begins after the one before; sort them by epoch",
+        ),
     ]
 
 

@@ -106,7 +106,8 @@ class Data(Section):
     stream_tries: Count = 5
     """Attempts to fetch a shard of `stream`, with pauses of 0.5, 1, 2, ... seconds."""
     max_skipped: Annotated[Real, Field(ge=0.0, le=1.0)] = 0.01
-    """Largest share of the samples that may be unreadable; a run that meets more stops."""
+    """Largest share of the samples that may be unreadable. A rank that has met more than e + 4 sqrt(e) stops the run;
+    e is this share of what it has read, but at least 1."""
 
 
 class Train(Section):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import cv2
@@ -32,9 +34,9 @@ Pixels = NDArray[np.uint8]
 cv2.setNumThreads(0)
 
 _JPEG = b"\xff\xd8\xff"
-_EXIF = b"Exif\0\0"
-_ORIENTATION = 0x0112
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, MemoryError, Image.DecompressionBombError)
+_APP1, _SCAN = 0xE1, 0xDA
+# Pillow knows formats that start other programs (Ghostscript), whatever the name of the file.
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 
 
 class Box(NamedTuple):
@@ -47,30 +49,30 @@ class Box(NamedTuple):
 
 
 class ImageFile:
-    """An image whose header has been read; pixels are decoded once the crop is known.
+    """An image whose size is known; a plain JPEG is decoded once the crop is known, all else at once.
 
     Raises SampleError, here or in `crop`, for what is no image, is cut short, or has more than MAX_PIXELS.
     """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._image: Image.Image | None = None
+        self._pixels: Pixels | None = None
         try:
             if not _is_plain_jpeg(data):
                 raise ValueError
-            self.height, self.width, self._colour, _ = simplejpeg.decode_jpeg_header(data)
+            self.height, self.width, *_ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
-            self._image = open_image(data)
-            self.width, self.height = _upright_size(self._image)
-        if self.width * self.height > MAX_PIXELS:
-            raise SampleError("too_large", f"{self.width} x {self.height} pixels")
+            self._pixels = upright(open_image(data))
+            self.height, self.width = self._pixels.shape[:2]
+        _check_size(self.width, self.height)
 
     def crop(self, box: Box, out: Pixels, *, antialias: bool = True) -> None:
         """Write the pixels of `box` into `out` [S, S, 3], RGB. Raises SampleError."""
-        pixels = self._turbo(box, out.shape[0]) if self._image is None else upright(self._image)
-        down = self.height / pixels.shape[0]
-        top, left = round(box.top / down), round(box.left / down)
-        bottom, right = round((box.top + box.height) / down), round((box.left + box.width) / down)
+        pixels = self._turbo(box, out.shape[0]) if self._pixels is None else self._pixels
+        rows, columns = pixels.shape[:2]
+        y, x = rows / self.height, columns / self.width
+        top, left = min(round(box.top * y), rows - 1), min(round(box.left * x), columns - 1)
+        bottom, right = round((box.top + box.height) * y), round((box.left + box.width) * x)
         _resize(pixels[top : max(bottom, top + 1), left : max(right, left + 1)], out, antialias)
 
     def _turbo(self, box: Box, size: int) -> Pixels:
@@ -83,47 +85,59 @@ class ImageFile:
             pixels: Pixels = simplejpeg.decode_jpeg(self._data, "RGB", fastdct=True, fastupsample=True, **wanted)
         except ValueError:
             # CMYK, and files with harmless warnings; Pillow knows those from files that are cut short.
-            self._image = open_image(self._data)
-            return upright(self._image)
+            return upright(open_image(self._data))
         return pixels
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether `data` is a JPEG without an Exif block, which may say that the picture is rotated."""
-    return data.startswith(_JPEG) and data.find(_EXIF, 0, 1024) < 0
+    """Whether `data` is a JPEG in which no EXIF or XMP segment before the scan may say that the picture is turned."""
+    place = 2 if data.startswith(_JPEG) else len(data)
+    while place + 4 <= len(data) and data[place] == 0xFF != data[place + 1]:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == _SCAN:
+            return True
+        if marker == _APP1:
+            segment = data[place + 4 : place + 2 + length]
+            if segment.startswith(b"Exif") or b"Orientation" in segment:
+                return False
+        place += 2 + length
+    return False
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The header of an image file of any format that Pillow knows. Raises SampleError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data))
-    except _PILLOW_ERRORS as error:
-        raise SampleError("undecodable", str(error)) from None
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    try:
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
-    except _PILLOW_ERRORS as error:
-        raise SampleError("undecodable", str(error)) from None
-    return (height, width) if turned else (width, height)
+    """The header of an image file of a format named in SUFFIXES. Raises SampleError, also for more than MAX_PIXELS."""
+    with _pillow():
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    _check_size(*image.size)
+    return image
 
 
 def upright(image: Image.Image) -> Pixels:
     """The first frame of `image` as its EXIF block would have it turned: [H, W, 3], RGB. Raises SampleError."""
+    with _pillow():
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            # Pillow would clip 16 bits to 8, and show white.
+            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        return np.array(image.convert("RGB"))
+
+
+@contextmanager
+def _pillow() -> Iterator[None]:
+    """Pillow at work: a damaged file makes its parsers raise nearly anything, and one file must not end a run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                # Pillow would clip 16 bits to 8, and show white.
-                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-            return np.array(image.convert("RGB"))
-    except _PILLOW_ERRORS as error:
-        raise SampleError("undecodable", str(error)) from None
+            yield
+    except Image.DecompressionBombError as error:
+        raise SampleError("too_large", str(error)) from None
+    except Exception as error:
+        raise SampleError("undecodable", str(error) or type(error).__name__) from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise SampleError("too_large" if width * height else "undecodable", f"{width} x {height} pixels")
 
 
 def _resize(pixels: Pixels, out: Pixels, antialias: bool) -> None:

@@ -1,6 +1,7 @@
 """Fetch whole shards from where webdataset can open them: retried with growing pauses, kept in a folder if asked to.
 
-A shard is fetched whole before it is read, so a connection that breaks in the middle costs a retry, not samples.
+A shard is fetched whole before it is read, so a connection that breaks in the middle costs a retry, not samples; so
+does an answer that is no tar, or only the beginning of one.
 
 `${NAME}` in a URL stands for a variable of the environment. It is filled in where the shard is opened and nowhere else,
 so that a secret is in no log, and in no file of the run.
@@ -10,14 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import lzma
 import os
 import re
+import secrets
+import select
 import shlex
 import shutil
+import signal
+import subprocess
+import tarfile
 import tempfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, cast
@@ -28,13 +36,22 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.5
 TIMEOUT_SECONDS = 60.0
+"""A server or a command that gives no byte for so long has failed."""
 
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class FetchError(Exception):
-    """A shard that could not be fetched, after all tries."""
+    """A shard that could not be fetched, after all tries; `reason` is a short word for the counters."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class _BrokenError(OSError):
+    """What came is not a whole tar."""
 
 
 def fetch(url: str, *, tries: int, cache: Path | None = None, first_pause: float | None = None) -> IO[bytes]:
@@ -48,7 +65,8 @@ def fetch(url: str, *, tries: int, cache: Path | None = None, first_pause: float
         except (OSError, HTTPException, ValueError) as error:
             reason = _hidden(str(error), url)
             if attempt == tries:
-                raise FetchError(f"{url}: {reason} ({tries} tries)") from None
+                kind = "broken_shard" if isinstance(error, _BrokenError) else "unreachable"
+                raise FetchError(f"{url}: {reason} ({tries} tries)", kind) from None
             pause = (FIRST_PAUSE_SECONDS if first_pause is None else first_pause) * 2 ** (attempt - 1)
             log.warning("%s: %s; trying again in %.1f s", url, reason, pause)
             time.sleep(pause)
@@ -60,11 +78,12 @@ def _fetch_once(url: str, kept: Path | None) -> IO[bytes]:
         file = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115  # the caller closes it
     else:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        # Workers of all ranks share the folder; whoever is done last wins, with the same bytes.
-        partial = kept.with_name(f"{kept.name}.{os.getpid()}.part")
-        file = partial.open("w+b")
+        # Workers of all ranks, on all nodes, share the folder; whoever is done last wins, with the same bytes.
+        partial = kept.with_name(f"{kept.name}.{secrets.token_hex(8)}.part")
+        file = partial.open("x+b")
     try:
         _copy(url, file)
+        _check_whole(file)
     except BaseException:
         file.close()
         if kept is not None:
@@ -103,18 +122,71 @@ def _hidden(text: str, url: str) -> str:
 def _copy(url: str, file: IO[bytes]) -> None:
     url = _filled(url)
     if url.startswith(("http://", "https://")):
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
+        try:
+            answer = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
+        except urllib.error.HTTPError as error:
+            # It holds the connection open.
+            error.close()
+            raise
+        with answer:
             shutil.copyfileobj(answer, file, 1 << 20)
             expected = answer.headers.get("Content-Length")
         if expected is not None and file.tell() != int(expected):
             raise OSError(f"got {file.tell()} of {expected} bytes")
         return
-    # webdataset itself knows no s3:; the command line tool of the cloud is what its users pipe from.
-    opened = gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url)
-    with opened as stream:
-        shutil.copyfileobj(stream, file, 1 << 20)
-    if file.tell() == 0:
-        raise OSError("is empty")
+    if url.startswith("pipe:"):
+        _copy_output(url.removeprefix("pipe:"), file)
+    elif url.startswith("s3://"):
+        # webdataset itself knows no s3:; the command line tool of the cloud is what its users pipe from.
+        _copy_output(f"aws s3 cp {shlex.quote(url)} -", file)
+    else:
+        with gopen(url) as stream:
+            shutil.copyfileobj(stream, file, 1 << 20)
+
+
+def _copy_output(command: str, file: IO[bytes]) -> None:
+    """What a shell's `command` writes. Raises OSError when it fails or gets stuck; nothing of it stays behind."""
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            while block := _read_soon(process.stdout.fileno()):
+                file.write(block)
+            status = process.wait(TIMEOUT_SECONDS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, (TimeoutError, subprocess.TimeoutExpired)):
+                raise OSError(f"the command did nothing for {TIMEOUT_SECONDS:g} seconds") from None
+            raise
+    # A pipe whose last part has read enough ends the ones before it by SIGPIPE.
+    if status not in (0, 128 + signal.SIGPIPE):
+        raise OSError(f"the command ended with status {status}")
+
+
+def _read_soon(pipe: int) -> bytes:
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    if not poll.poll(TIMEOUT_SECONDS * 1000):
+        raise TimeoutError
+    return os.read(pipe, 1 << 20)
+
+
+def _check_whole(file: IO[bytes]) -> None:
+    """Raise OSError unless `file` is a tar, compressed or not, up to the mark of zeros at its end."""
+    file.seek(-min(2 * tarfile.BLOCKSIZE, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    if file.read() == bytes(2 * tarfile.BLOCKSIZE):
+        return
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:*") as tar:
+            while tar.next():
+                pass
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
+        raise _BrokenError("is no whole tar") from None
+    if not whole:
+        raise _BrokenError("is no whole tar (its end is missing)")
 
 
 def _cache_name(url: str) -> str:

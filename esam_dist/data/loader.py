@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,33 +25,43 @@ log = logging.getLogger(__name__)
 
 
 class Skipped:
-    """Counts the samples that a rank could not use, names each once, and stops the run when they are too many."""
+    """Counts the samples that a rank could not use, names each once, and stops the run when they are too many.
 
-    def __init__(self, num_samples: int, cfg: config.Data) -> None:
-        self._num_samples, self._limit = num_samples, cfg.max_skipped
+    Too many are more than e + 4 sqrt(e), where e is `data.max_skipped` of what the rank has read, but at least 1: so
+    chance stops no rank of many, and no rank at its first bad samples.
+    """
+
+    def __init__(self, cfg: config.Data, *, endless: bool) -> None:
+        self._limit, self._key = cfg.max_skipped, "data.stream" if cfg.stream and endless else "data.path"
+        self._endless, self._num_read = endless, 0
         self._named: set[str] = set()
         self.counts: dict[str, int] = {}
 
     def pass_on(self, raws: Iterable[Raw]) -> Iterator[Raw]:
         """The same batches, each taken note of. Raises UserError when too many samples are bad."""
         for raw in raws:
+            self._num_read += raw.num_read
             for skip in raw.skips:
                 self.counts[skip.reason] = self.counts.get(skip.reason, 0) + 1
                 if skip.name not in self._named:
                     self._named.add(skip.name)
-                    log.warning("skipped %s: %s %s", skip.name, skip.reason, skip.detail)
+                    log.warning("skipped %s", skip.line())
             self._check(raw)
             if len(raw.labels):
                 yield raw
 
     def _check(self, raw: Raw) -> None:
-        if raw.skips and len(raw.labels) == 0:
-            name, reason, _ = raw.skips[0]
-            raise UserError(f"data.path: no sample of a whole batch can be read; the first is {name} ({reason})")
-        if len(self._named) > self._limit * self._num_samples:
+        if self._endless and len(raw.labels) == 0:
             raise UserError(
-                f"data.max_skipped = {self._limit:g}: {len(self._named)} of {self._num_samples} samples cannot be "
-                f"read ({', '.join(sorted(self.counts))}); repair the data, or raise the limit"
+                f"{self._key}: no batch can be filled, {len(raw.skips)} samples or shards are bad, the last is "
+                f"{raw.skips[-1].line()}; repair the data"
+            )
+        skipped = sum(self.counts.values())
+        expected = max(self._limit * self._num_read, float(self._limit > 0.0))
+        if skipped > expected + 4.0 * math.sqrt(expected):
+            raise UserError(
+                f"data.max_skipped = {self._limit:g}: {skipped} of {self._num_read} samples that this rank has read "
+                f"cannot be used ({', '.join(sorted(self.counts))}); repair the data, or raise the limit"
             )
 
 
@@ -69,7 +80,7 @@ class TrainData:
     ) -> None:
         self.num_samples, self.class_names, self.num_classes = num_samples, class_names, len(class_names)
         self._raws, self._close = raws, close
-        self._skipped = Skipped(num_samples, cfg)
+        self._skipped = Skipped(cfg, endless=True)
         self._finish = Finish(cfg, device, self.num_classes, train=True)
 
     @property
@@ -99,7 +110,7 @@ class ValidationData:
         self._raws = load(
             split, cfg, draws, cfg.workers if draws else 0, train=False, pin=device.type == "cuda", keep=True
         )
-        self._skipped = Skipped(split.num_samples, cfg)
+        self._skipped = Skipped(cfg, endless=False)
         self._finish = Finish(cfg, device, self.num_classes, train=False)
 
     @property

@@ -22,12 +22,21 @@ AHEAD = 2
 """Batches that each worker is asked for in advance: the DataLoader's `prefetch_factor`."""
 
 
+MAX_BAD_IN_A_ROW = 64
+"""So many bad samples without a good one between them leave a batch empty, which stops a run."""
+
+
 class Skip(NamedTuple):
-    """A sample that could not be used."""
+    """A sample that could not be used, or a shard as a whole."""
 
     name: str
     reason: str
     detail: str
+
+    def line(self) -> str:
+        """For the log: names come from the data, and could hold a line's end, or what a terminal obeys."""
+        text = f"{self.name} ({self.reason}{self.detail and ': '}{self.detail})"
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class Raw(NamedTuple):
@@ -42,6 +51,8 @@ class Raw(NamedTuple):
     seed: int
     """Of what concerns the batch as a whole: mixup and CutMix."""
     skips: list[Skip]
+    num_read: int
+    """Samples that were looked at for it, good and bad."""
 
 
 class Ring:
@@ -91,19 +102,17 @@ class _Sent:
 
     def __reduce__(self) -> tuple[Callable[..., Raw | None], tuple[Any, ...]]:
         # Labels as an array: every tensor that is sent takes shared memory and a file descriptor of its own.
-        images, labels, seed, skips = self.raw
-        return _received, (self.key, self.number, *images.shape[:2], labels.numpy(), seed, skips)
+        images, labels, *rest = self.raw
+        return _received, (self.key, self.number, *images.shape[:2], labels.numpy(), *rest)
 
 
-def _received(
-    key: int, number: int, num_images: int, size: int, labels: NDArray[Any], seed: int, skips: list[Skip]
-) -> Raw | None:
+def _received(key: int, number: int, num_images: int, size: int, labels: NDArray[Any], *rest: Any) -> Raw | None:
     ring = _rings.get(key)
     if ring is None:
         # The iterator holds its ring, so nobody waits for this batch: torch's pinning thread still reads while garbage
         # is collected, where weak references end first. An error would end the thread with a traceback.
         return None
-    return Raw(ring.images(number, num_images, size), torch.from_numpy(labels), seed, skips)
+    return Raw(ring.images(number, num_images, size), torch.from_numpy(labels), *rest)
 
 
 def _shared_bytes(length: int, cfg: config.Data, workers: int) -> Tensor:

@@ -15,7 +15,7 @@ from esam_dist.data.augment import Augment, centre_box
 from esam_dist.data.dataset import SampleError, Split
 from esam_dist.data.decode import ImageFile, Pixels
 from esam_dist.data.order import Draw
-from esam_dist.data.raw import Raw, Ring, Skip
+from esam_dist.data.raw import MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 
 
 class View:
@@ -44,27 +44,30 @@ class Samples:
     def __getitems__(self, numbered: tuple[int, Draw]) -> Any:
         """The Raw of a draw, given its number too: which slot it goes to.
 
-        A bad sample is replaced by the next good one of the batch; in validation, left out.
+        A bad sample is replaced by the next good one of the batch, or if there is none, of the set; in validation, it
+        is left out.
         """
         number, draw = numbered
         size = image_size(self._cfg, draw.step_epoch) if self._train else self._cfg.image_size
         images = self._ring.images(number, len(draw.ids), size)
-        pixels = images.numpy()
-        skips: dict[int, Skip] = {}
-        for place, (sample, seed) in enumerate(zip(draw.ids.tolist(), draw.seeds.tolist(), strict=True)):
-            skip = self._load(sample, seed, pixels[place])
-            if skip is not None:
-                skips[place] = skip
-        labels = torch.from_numpy(self._split.entries["label"][draw.ids].astype(np.int64))
-        raw = Raw(images, labels, int(draw.seeds[0] >> np.uint64(1)), list(skips.values()))
-        return self._ring.sent(number, _without_bad(raw, set(skips), self._train) if skips else raw)
+        ids, seeds, pixels = draw.ids.copy(), draw.seeds.tolist(), images.numpy()
+        skips: list[Skip] = []
+        bad = {place for place, seed in enumerate(seeds) if not self._load(ids[place], seed, pixels[place], skips)}
+        while self._train and len(bad) == len(ids) and len(skips) < MAX_BAD_IN_A_ROW:
+            ids[0] = (ids[0] + 1) % self._split.num_samples
+            bad -= {0} if self._load(ids[0], seeds[0], pixels[0], skips) else set()
+        labels = torch.from_numpy(self._split.entries["label"][ids].astype(np.int64))
+        raw = Raw(images, labels, int(draw.seeds[0] >> np.uint64(1)), skips, len(skips) + len(ids) - len(bad))
+        return self._ring.sent(number, _without_bad(raw, bad, self._train) if bad else raw)
 
-    def _load(self, sample: int, seed: int, out: Pixels) -> Skip | None:
+    def _load(self, sample: int, seed: int, out: Pixels, skips: list[Skip]) -> bool:
+        """Fill one place of a batch, or say in `skips` why not."""
         try:
             self._view(self._split.read(sample), seed, out)
         except SampleError as bad:
-            return Skip(self._split.describe(sample), bad.reason, bad.detail)
-        return None
+            skips.append(Skip(self._split.describe(sample), bad.reason, bad.detail))
+            return False
+        return True
 
 
 def image_size(cfg: config.Data, epoch: int) -> int:

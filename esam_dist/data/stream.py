@@ -24,14 +24,14 @@ from esam_dist.data.dataset import SampleError
 from esam_dist.data.decode import SUFFIXES, Pixels
 from esam_dist.data.fetch import VARIABLE, FetchError, fetch, variables
 from esam_dist.data.order import mix
-from esam_dist.data.raw import AHEAD, Raw, Ring, Skip
+from esam_dist.data.raw import AHEAD, MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 from esam_dist.data.samples import View, image_size
 from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
 
 SHUFFLE_SAMPLES = 1000
 MAX_LOST_SHARDS = 3
-"""So many different shards in a row that cannot be fetched stop the run (or all, if there are fewer)."""
+"""So many different shards in a row without a sample stop the run (or all, if there are fewer)."""
 
 _STREAM = 31
 
@@ -60,7 +60,7 @@ class StreamedBatches(IterableDataset[Raw]):
         self._max_lost = min(MAX_LOST_SHARDS, len(set(webdataset.ResampledShards(self._pattern).urls)))
 
     def __iter__(self) -> Iterator[Raw]:
-        """Batches; one without samples, but with the reasons, when several shards in a row cannot be fetched."""
+        """Batches; one without samples, but with the reasons, when shards or samples in a row are all bad."""
         worker = torch.utils.data.get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         at = self._at
@@ -77,20 +77,21 @@ class StreamedBatches(IterableDataset[Raw]):
         batch_size, pixels = len(images), images.numpy()
         labels = torch.empty(batch_size, dtype=torch.int64)
         skips: list[Skip] = []
-        place = 0
-        lost: set[str] = set()
-        while place < batch_size and len(lost) < self._max_lost:
-            sample = next(samples)
+        place = in_a_row = 0
+        while place < batch_size and in_a_row < MAX_BAD_IN_A_ROW:
+            sample = next(samples, None)
+            if sample is None:
+                break
             label = sample if isinstance(sample, Skip) else self._load(sample, seed + place, pixels[place])
             if isinstance(label, Skip):
                 skips.append(label)
-                lost |= {label.name} if label.reason == "unreachable" else set()
+                # Shards are counted where they are drawn: it can take many to fill the buffer.
+                in_a_row += label is not sample
             else:
                 labels[place] = label
-                place, lost = place + 1, set()
-        if place < batch_size:
-            return Raw(images[:0], labels[:0], seed, skips)
-        return Raw(images, labels, seed, skips)
+                place, in_a_row = place + 1, 0
+        filled = batch_size if place == batch_size else 0
+        return Raw(images[:filled], labels[:filled], seed, skips, place + len(skips))
 
     def _load(self, sample: Sample, seed: int, out: Pixels) -> int | Skip:
         """Fill one place of a batch; returns the label."""
@@ -103,7 +104,7 @@ class StreamedBatches(IterableDataset[Raw]):
 
     def _parts(self, sample: Sample) -> tuple[bytes, int]:
         text = sample.get("cls", b"").strip()
-        if not text.isdigit() or int(text) >= self._num_classes:
+        if not text.isdigit() or len(text) > 9 or int(text) >= self._num_classes:
             raise SampleError("label", f"{text[:20]!r} is none of 0 to {self._num_classes - 1}")
         data = next((sample[suffix[1:]] for suffix in sorted(SUFFIXES) if suffix[1:] in sample), None)
         if not data:
@@ -111,20 +112,28 @@ class StreamedBatches(IterableDataset[Raw]):
         return data, int(text)
 
     def _shuffled(self, seed: int) -> Iterator[Sample | Skip]:
-        """Samples of shards drawn with replacement, in a buffer's random order; what is lost comes at once."""
+        """Samples of shards drawn with replacement, in a buffer's random order; what is lost comes at once.
+
+        Endless, unless MAX_LOST_SHARDS different shards in a row give no sample.
+        """
         random = Random(seed)
         buffer: list[Sample] = []
+        lost: set[str] = set()
         shards = webdataset.ResampledShards(self._pattern, seed=seed, deterministic=True, worker_seed=lambda: 0)
         for shard in shards:
+            lost.add(shard["url"])
             for sample in self._shard(shard["url"]):
                 if isinstance(sample, Skip):
                     yield sample
                     continue
+                lost.clear()
                 buffer.append(sample)
                 if len(buffer) >= min(SHUFFLE_SAMPLES, self._cfg.stream_samples):
                     place = random.randrange(len(buffer))
                     buffer[place], buffer[-1] = buffer[-1], buffer[place]
                     yield buffer.pop()
+            if len(lost) >= self._max_lost:
+                return
 
     def _shard(self, url: str) -> Iterator[Sample | Skip]:
         broken: list[Exception] = []
@@ -136,12 +145,18 @@ class StreamedBatches(IterableDataset[Raw]):
         try:
             file = fetch(url, tries=self._cfg.stream_tries, cache=self._cfg.stream_cache)
         except FetchError as error:
-            yield Skip(url, "unreachable", str(error))
+            yield Skip(url, error.reason, str(error))
             return
+        empty = True
         with file:
             members = tar_file_expander([{"url": url, "stream": file}], handler=note)
-            yield from group_by_keys(members, handler=note)
-        yield from (Skip(url, "broken_shard", str(error.args[0])) for error in broken)
+            for sample in group_by_keys(members, handler=note):
+                empty = False
+                # Of a key that comes twice nobody can tell which image has which label.
+                yield Skip(f"{url}:{sample['__key__']}", "broken_shard", str(broken[0].args[0])) if broken else sample
+                broken.clear()
+        if broken or empty:
+            yield Skip(url, "broken_shard", str(broken[0].args[0]) if broken else "holds no sample")
 
 
 def check_stream(cfg: config.Data) -> None:

@@ -56,7 +56,7 @@ HISTORY = {
     "esam_loss_not_finite_total": "Ends of this run because the training loss was not finite.",
 }
 OPTIONAL = {"esam_sharpness", "esam_selection_threshold"}
-SKIPPED = ("esam_skipped_samples_total", "Training samples that this rank could not read, by reason.")
+SKIPPED = ("esam_skipped_samples_total", "Samples that this rank could not read, by reason.")
 PHASE = ("esam_phase_seconds", "Seconds of this rank in one phase of an update, a checkpoint or a validation.")
 INFO = ("esam_run_info", "What runs: always 1, the facts are labels.")
 REASONS = (
@@ -123,8 +123,7 @@ class Exposition(Collector):
         self._samples = row.samples
         self._counters["esam_kept_samples_total"].inc(row.kept_samples)
         self._counters["esam_skipped_perturbations_total"].inc(row.skipped_perturbations)
-        for reason, count in row.skipped_samples.items():
-            self._skipped.labels(self._rank, reason).inc(count)
+        self._skip(row.skipped_samples)
         for phase, seconds in row.phases.items():
             for value in seconds:
                 self.observe(phase, value)
@@ -137,11 +136,16 @@ class Exposition(Collector):
         if row.accuracy > (self.get("esam_validation_best_accuracy") or -math.inf):
             self.set("esam_validation_best_accuracy", row.accuracy)
             self.set("esam_validation_best_epoch", row.epoch)
+        self._skip(row.skipped_samples)
         self.observe("validate", row.seconds)
 
     def observe(self, phase: str, seconds: float) -> None:
         """Add one duration to the histogram of phases."""
         self._phase.labels(self._rank, phase).observe(seconds)
+
+    def _skip(self, samples: dict[str, int]) -> None:
+        for reason, count in samples.items():
+            self._skipped.labels(self._rank, reason).inc(count)
 
     def collect(self) -> Iterable[Metric]:
         """Yield what has a value; called by the registry on every scrape."""

@@ -66,3 +66,5 @@ class ValidationRow:
     top5_accuracy: float
     loss: float
     seconds: float
+    skipped_samples: dict[str, int] = field(default_factory=dict)
+    """By reason: samples that this rank could not read in this pass."""

@@ -1,6 +1,6 @@
 """Augmentation is a function of the sample's seed, and does what its name says."""
 
-import io
+import json
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -10,32 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from esam_dist import config
-from esam_dist.data import open_train, open_validation
+from esam_dist.data import Batch, open_train, open_validation
 from esam_dist.data.augment import random_box, shift
-from esam_dist.data.prepare.source import digest_of
 from esam_dist.data.prepare.write import Plan, write_dataset
+from esam_dist.models import build_model
+from esam_dist.rule import Rule
+from tests.commands import here
+from tests.prepared import Noise
+from tests.unit.test_esam import digits_batch, step
 
 CPU = torch.device("cpu")
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
-
-
-class Noise:
-    """60 smooth random pictures of 48x40 in 4 classes."""
-
-    name, class_names = "noise", ("a", "b", "c", "d")
-    digest = digest_of(["noise"])
-
-    def __init__(self):
-        self.labels = {"train": [i % 4 for i in range(60)], "validation": [0, 1, 2, 3]}
-
-    def read(self, split: str, sample: int) -> tuple[bytes, str]:
-        small = np.random.default_rng(sample).integers(0, 256, (5, 6, 3), np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
-        return file.getvalue(), "jpg"
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +124,47 @@ def test_mixed_labels_are_soft_sum_to_one_and_fit_the_images(root, recipe):
             assert torch.allclose(after.images, blended, atol=1e-5)
 
 
+@pytest.mark.parametrize("mixed", [{"mixup": 0.4}, {"cutmix": 1.0}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(
+            {"score": score, "scope": scope}
+            for score in ("forward", "head", "loss", "random")
+            for scope in ("rank", "global")
+        ),
+        {"score": "forward", "scope": "rank", "group_size": 4},
+        {"score": "random", "scope": "rank", "descent": "recycled_exact", "beta": 1.0},
+        {"transport": "thresholds"},
+        *({"name": name} for name in ("sgd", "sam", "gsam")),
+    ],
+    ids=lambda method: "-".join(map(str, method.values())),
+)
+def test_soft_labels_go_through_every_step_to_a_checkpoint(tiny, tmp_path, mixed, method):
+    changes = [f"data.{key}={value}" for key, value in mixed.items()]
+    changes += [f"method.{key}={value}" for key, value in ({"gamma": 0.5} | method).items()]
+    answer = here("train", tiny, f"run.folder={tmp_path}", *changes, "train.max_steps=3", "train.label_smoothing=0.1")
+    assert answer.status == 0, answer.err
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert all(1.0 < loss < 4.0 for loss in losses)
+    share = 1.0 if method.get("name") else 0.5
+    assert [row["kept_fraction"] for row in rows if row["kind"] == "train"] == [share] * 3
+
+
+@pytest.mark.parametrize("score", ["forward", "head", "loss", "random"])
+def test_soft_labels_that_are_certain_train_like_hard_ones(score):
+    images, labels = digits_batch(dtype=torch.float64)
+    rule = Rule(**{"name": "esam", "rho": 0.3, "radius": 0.3, "gamma": 0.5, "score": score})
+    results = []
+    for shares in (labels, torch.nn.functional.one_hot(labels, 10).double()):
+        torch.manual_seed(0)
+        network = build_model("cifar_resnet8", 10).double()
+        stats = step(network, Batch(images, shares), rule)
+        results.append([*(value.detach() for value in network.state_dict().values()), *stats[:4]])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
 def test_repeats_show_each_sample_several_times_augmented_anew(root):
     batch = batches(root, 0, 1, augment="imagenet", repeats=3)[0]
     labels = batch.labels.view(4, 3)
@@ -165,3 +193,27 @@ def test_crop_ratio_shows_the_centre(root):
     inner = first(1.0)[:, :, 10:30, 10:30]
     assert (first(0.5)[:, :, ::2, ::2] - inner).abs().mean() < 0.2
     assert (first(1.0)[:, :, ::2, ::2] - inner).abs().mean() > 0.4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mixed", [{}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_batches_copied_beside_a_busy_gpu_are_those_of_the_cpu(root, workers, mixed):
+    cfg = config.Data(
+        **{"path": root, "batch_size": 12, "workers": workers, "image_size": 24, "augment": "imagenet"} | mixed
+    )
+    expected = batches(root, 0, 30, augment="imagenet", **mixed)
+    device = torch.device("cuda", torch.cuda.current_device())
+    data = open_train(cfg, seed=5, rank=0, world_size=1, device=device)
+    seen = []
+    for batch in islice(data.batches(0), 30):
+        # The host runs ahead of the device, which is slow to use this batch: its memory must be left to it meanwhile.
+        torch.cuda._sleep(5_000_000)
+        assert batch.images.device == batch.labels.device == device
+        seen.append([(tensor * 1).to("cpu", non_blocking=True) for tensor in batch])
+        del batch
+    torch.cuda.synchronize()
+    for (images, labels), one in zip(seen, expected, strict=True):
+        torch.testing.assert_close(images, one.images, rtol=0, atol=1e-5)
+        torch.testing.assert_close(labels, one.labels)

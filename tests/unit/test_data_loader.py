@@ -1,7 +1,6 @@
 """From prepared digits to batches: what the training loop relies on."""
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -15,17 +14,13 @@ import torch
 from esam_dist import config
 from esam_dist.data import open_train, open_validation
 from esam_dist.data.dataset import open_split
-from esam_dist.data.order import Order
 from esam_dist.data.prepare import prepare_digits
+from esam_dist.data.prepare.write import Plan, write_dataset
 from esam_dist.errors import UserError
 from tests.commands import environment
+from tests.prepared import Noise
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def copy(digits: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(digits, tmp_path / "digits"))
 
 
 def settings(path: Path, **values) -> config.Data:
@@ -140,37 +135,6 @@ def corrupt(root: Path, sample: int, split: str = "train") -> None:
         file.write(b"broken")
 
 
-def test_a_corrupt_sample_is_replaced_counted_and_named_once(copy, caplog):
-    intact = batches(settings(copy, batch_size=1437), 0, 1)[0]
-    data = train(settings(copy))
-    bad = int(Order(0, open_split(copy, "train").counts, 16).draw(40, 1).ids[0])
-    corrupt(copy, bad)
-    with caplog.at_level(logging.WARNING):
-        read = list(islice(data.batches(0), 45 + 45))
-    assert torch.equal(read[1].images[8], intact.images[41])
-    assert read[1].labels[8] == intact.labels[41]
-    assert torch.equal(read[1].images[9], intact.images[41])
-    assert all(len(batch.labels) == 32 for batch in read)
-    assert data.skipped == {"checksum": 2}
-    assert len(caplog.records) == 1
-    assert "shard-00000" in caplog.text
-    assert ".png" in caplog.text
-
-
-def test_a_corrupt_validation_sample_is_left_out(copy):
-    corrupt(copy, 7, "validation")
-    data = open_validation(settings(copy), rank=0, world_size=1, device=CPU)
-    assert sum(len(batch.labels) for batch in data.batches()) == 358
-    assert data.skipped == {"checksum": 1}
-
-
-def test_too_many_corrupt_samples_stop_the_run(copy):
-    for sample in range(20):
-        corrupt(copy, sample)
-    with pytest.raises(UserError, match=r"max_skipped = 0.01: 1\d of 1438 samples cannot be read \(checksum"):
-        list(islice(train(settings(copy)).batches(0), 45))
-
-
 def refused(copy: Path, **values) -> str:
     with pytest.raises(UserError) as caught:
         train(settings(copy, **values))
@@ -253,8 +217,17 @@ print(len(owner.children()))
 """
 
 
-def test_neither_owner_nor_worker_grows_over_ten_epochs_and_workers_end_with_their_iterator(digits):
-    command = [sys.executable, "-c", MEMORY, str(digits)]
+@pytest.fixture(scope="session")
+def jpegs(tmp_path_factory) -> Path:
+    """Small JPEGs: what simplejpeg decodes."""
+    root = tmp_path_factory.mktemp("data") / "jpegs"
+    write_dataset(Noise(), root, Plan(samples_per_shard=16))
+    return root
+
+
+@pytest.mark.parametrize("images", ["digits", "jpegs"])
+def test_neither_owner_nor_worker_grows_over_ten_epochs_and_workers_end_with_their_iterator(images, request):
+    command = [sys.executable, "-c", MEMORY, str(request.getfixturevalue(images))]
     told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=True).stdout
     *epochs, left = (tuple(map(int, line.split())) for line in told.splitlines())
     for process in (0, 1):

@@ -1,13 +1,7 @@
 """Streaming: shards from a server that fails now and then, drawn for ever."""
 
-import contextlib
 import logging
 import socket
-import threading
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 
@@ -16,51 +10,10 @@ import torch
 
 from esam_dist import config
 from esam_dist.data import open_train
-from esam_dist.data.fetch import FetchError, fetch
 from esam_dist.errors import UserError
+from tests.streamed import png, server, shard, sound
 
 CPU = torch.device("cpu")
-
-
-class Flaky(BaseHTTPRequestHandler):
-    """Serves a folder; of each file the first answers are faults (a status, or `half`), the later ones whole.
-
-    Faults by turns over all files would not do: of two workers, one could meet nothing else.
-    """
-
-    def __init__(self, root: Path, faults: dict[str, Iterator[str]], counts: Counter, *args):
-        self.root, self.faults, self.counts = root, faults, counts
-        super().__init__(*args)
-
-    def do_GET(self):
-        path = self.root / self.path.lstrip("/")
-        fault = next(self.faults[self.path], "ok") if path.exists() else "404"
-        self.counts[fault] += 1
-        if fault.isdigit():
-            self.send_error(int(fault))
-            return
-        data = path.read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data if fault == "ok" else data[: len(data) // 2])
-
-    def log_message(self, *args):
-        pass
-
-
-@contextlib.contextmanager
-def server(root: Path, faults: list[str]):
-    counts: Counter[str] = Counter()
-    handler = partial(Flaky, root, defaultdict(lambda: iter(faults)), counts)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{served.server_port}", counts
-        finally:
-            served.shutdown()
-            thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +46,8 @@ def known_pairs(digits: Path) -> set:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_flaky_server_costs_retries_not_samples(digits, workers):
-    with server(digits / "train", ["503", "half", "500"]) as (url, counts):
+    faults = ["503", "half", "page", "unannounced"]
+    with server(digits / "train", faults) as (url, counts):
         data, batches = streamed(digits, url + "/shard-{000000..000003}.tar", 30, workers=workers)
     assert all(batch.images.shape == (32, 3, 8, 8) for batch in batches)
     pairs = {
@@ -104,17 +58,18 @@ def test_a_flaky_server_costs_retries_not_samples(digits, workers):
     assert pairs <= known_pairs(digits)
     assert len(pairs) > 300
     assert data.skipped == {}
-    assert min(counts["503"], counts["half"], counts["500"]) >= 1
+    assert min(counts[fault] for fault in faults) >= 1
 
 
 def test_the_cache_fetches_each_shard_once(digits, tmp_path):
-    with server(digits / "train", []) as (url, counts):
-        streamed(digits, url + "/shard-{000000..000003}.tar", 60, stream_cache=tmp_path / "cache")
-        assert counts["ok"] <= 4
-        again = counts["ok"]
-        streamed(digits, url + "/shard-{000000..000003}.tar", 40, stream_cache=tmp_path / "cache")
-    assert counts["ok"] <= max(again, 4)
-    assert not list((tmp_path / "cache").glob("*.part"))
+    shards, cache = "/shard-{000000..000003}.tar", tmp_path / "cache"
+    with server(digits / "train", ["unannounced", "page"]) as (url, counts):
+        streamed(digits, url + shards, 200, stream_cache=cache)
+        assert counts == {"unannounced": 4, "page": 4, "ok": 4}
+        streamed(digits, url + shards, 40, stream_cache=cache)
+        assert counts["ok"] == 4
+    kept = sorted(path.read_bytes() for path in cache.iterdir())
+    assert kept == sorted(path.read_bytes() for path in (digits / "train").glob("*.tar"))
 
 
 def test_a_pipe_is_read(digits):
@@ -143,33 +98,90 @@ def test_a_shard_that_stays_away_is_skipped_counted_and_named(digits, caplog):
 def test_a_dead_server_stops_the_run_with_one_line(digits):
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
-    with pytest.raises(UserError, match=r"no sample of a whole batch.*\(unreachable\)") as caught:
-        streamed(digits, f"http://127.0.0.1:{port}/shard-{{0..3}}.tar", 1, stream_tries=2, workers=1)
-    assert "\n" not in str(caught.value)
+    shards = f"http://127.0.0.1:{port}/shard-{{0..3}}.tar"
+    assert "(unreachable: " in stopped(digits, shards, stream_tries=2, workers=1)
+
+
+def stopped(digits: Path, shards: str, **values) -> str:
+    """The one line that ends a run that gets no batch, though any share of the samples may be bad."""
+    with pytest.raises(UserError, match=r"data\.stream: no batch can be filled.*repair the data") as caught:
+        streamed(digits, shards, 1, max_skipped=1.0, **values)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+USELESS = {
+    "empty": b"",
+    "page": b"<html>please log in</html>",
+    "zeros": bytes(10240),
+    "no sample": [("README", b"words")],
+    "class names": [part for n in range(90) for part in ((f"{n}.png", png(n)), (f"{n}.cls", b"dog"))],
+    "labels out of range": [part for n in range(90) for part in ((f"{n}.png", png(n)), (f"{n}.cls", b"10"))],
+    "digits without end": [part for n in range(90) for part in ((f"{n}.png", png(n)), (f"{n}.cls", b"1" * 5000))],
+    "no image": [(f"{n}.cls", b"1") for n in range(90)],
+    "no label": [(f"{n}.png", png(n)) for n in range(90)],
+    "undecodable": [part for n in range(90) for part in ((f"{n}.png", b"\x89PNG"), (f"{n}.cls", b"1"))],
+    "twice": [part for n in range(90) for part in ((f"{n}.png", png(n)), (f"{n}.png", png(n)), (f"{n}.cls", b"1"))],
+    "terminal codes": [part for n in range(90) for part in ((f"\33[2J\n{n}.png", png(n)), (f"\33[2J\n{n}.cls", b"x"))],
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", USELESS)
+def test_shards_of_which_nothing_can_be_used_stop_the_run(digits, tmp_path, kind, caplog):
+    for number in range(4):
+        content = USELESS[kind]
+        if isinstance(content, bytes):
+            (tmp_path / f"{number}.tar").write_bytes(content)
+        else:
+            shard(tmp_path / f"{number}.tar", content)
+    for batch_size in (1, 32):
+        stopped(digits, f"{tmp_path}/{{0..3}}.tar", stream_tries=1, batch_size=batch_size)
+    assert caplog.records
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+def test_scattered_lost_shards_do_not_stop_a_run_before_its_buffer_is_full(digits, tmp_path):
+    for number in range(24):
+        shard(tmp_path / f"{number}.tar", sound(20))
+    for number in (3, 11, 19):
+        (tmp_path / f"{number}.tar").unlink()
+    # Fifty shards are drawn before a first sample leaves the buffer, and each that is lost among them.
+    data, _ = streamed(digits, f"{tmp_path}/{{0..23}}.tar", 1, stream_tries=1, stream_samples=10_000, max_skipped=1.0)
+    assert len(data._skipped._named) == 3
+    assert set(data.skipped) == {"unreachable"}
 
 
 def test_truncated_shards_and_bad_labels_are_counted(digits, tmp_path):
-    import io
-    import tarfile
-
-    shard = (digits / "train" / "shard-000000.tar").read_bytes()
-    (tmp_path / "shard-0.tar").write_bytes(shard[: len(shard) // 2 + 700])
-    image = shard[512:1000]
-    with tarfile.open(tmp_path / "shard-1.tar", "w") as tar:
-        for name, data in [
-            ("a.png", image),
-            ("a.cls", b"10"),
-            ("b.png", image),
-            ("c.cls", b"1"),
-            ("d.png", image),
-            ("d.cls", b"x"),
-        ]:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    data, batches = streamed(digits, f"{tmp_path}/shard-{{0..1}}.tar", 20, max_skipped=1.0)
+    whole = (digits / "train" / "shard-000000.tar").read_bytes()
+    (tmp_path / "shard-0.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    image = png(0)
+    bad = [("a.png", image), ("a.cls", b"10"), ("b.png", image), ("c.cls", b"1"), ("d.png", image), ("d.cls", b"x")]
+    shard(tmp_path / "shard-1.tar", [*bad, *sound(90)])
+    data, batches = streamed(digits, f"{tmp_path}/shard-{{0..1}}.tar", 20, max_skipped=1.0, stream_tries=1)
     assert len(batches) == 20
-    assert {"label", "empty", "broken_shard"} <= set(data.skipped)
+    assert set(data.skipped) == {"label", "empty", "broken_shard"}
+
+
+def test_of_a_key_that_comes_twice_nothing_is_used(digits, tmp_path):
+    members = [("a.png", png(999)), ("a.png", png(998)), ("a.cls", b"2"), *sound(5)]
+    members += [("b.png", png(997)), ("b.cls", b"3"), ("b.png", png(996)), ("b.cls", b"4")]
+    shard(tmp_path / "0.tar", members)
+    data, batches = streamed(digits, f"{tmp_path}/{{0..0}}.tar", 10, batch_size=8, max_skipped=1.0)
+    assert {int(label) for batch in batches for label in batch.labels} == {1}
+    assert set(data.skipped) == {"broken_shard"}
+    assert data._skipped._named == {f"{tmp_path}/0.tar:{key}" for key in "ab"}
+
+
+def test_names_that_lead_elsewhere_are_names_and_nothing_more(digits, tmp_path):
+    inside = tmp_path / "a" / "b"
+    inside.mkdir(parents=True)
+    members = [(f"../../{name}", data) for name, data in sound(20)] + [(f"/{name}", data) for name, data in sound(20)]
+    shard(inside / "0.tar", members)
+    data, batches = streamed(digits, f"{inside}/{{0..0}}.tar", 10, batch_size=8)
+    assert len(batches) == 10
+    assert data.skipped == {}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["0.tar", "a", "b"]
 
 
 def test_a_resumed_stream_does_not_begin_again(digits):
@@ -177,8 +189,11 @@ def test_a_resumed_stream_does_not_begin_again(digits):
         path=digits, stream=f"{digits}/train/shard-{{000000..000003}}.tar", stream_samples=1438, workers=0, image_size=8
     )
     data = open_train(cfg, seed=0, rank=0, world_size=1, device=CPU)
-    first, resumed = next(data.batches(0)), next(data.batches(6400))
-    assert not torch.equal(first.labels, resumed.labels)
+    first, resumed, again = ([*islice(data.batches(start), 8)] for start in (0, 6400, 0))
+    assert all(torch.equal(one.images, other.images) for one, other in zip(first, again, strict=True))
+    assert not any(torch.equal(one.images, other.images) for one, other in zip(first, resumed, strict=True))
+    seen = [{image.numpy().tobytes() for batch in batches for image in batch.images} for batches in (first, resumed)]
+    assert len(seen[0] & seen[1]) < len(seen[0]) * 3 / 4
 
 
 def test_what_cannot_be_streamed_is_refused(digits):
@@ -186,13 +201,3 @@ def test_what_cannot_be_streamed_is_refused(digits):
         streamed(digits, "http://127.0.0.1:1/a.tar", 1, stream_samples=0)
     with pytest.raises(UserError, match="no such command"):
         streamed(digits, "pipe:no-such-command a.tar", 1)
-
-
-def test_fetch_gives_up_after_its_tries(tmp_path):
-    (tmp_path / "a").write_bytes(b"x" * 1000)
-    with server(tmp_path, ["503", "half", "503"]) as (url, counts):
-        with pytest.raises(FetchError, match=r"/a: .*\(3 tries\)"):
-            fetch(f"{url}/a", tries=3, first_pause=0.001)
-        with fetch(f"{url}/a", tries=3, first_pause=0.001) as file:
-            assert file.read() == b"x" * 1000
-    assert counts == {"503": 2, "half": 1, "ok": 1}

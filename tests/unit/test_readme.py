@@ -27,14 +27,14 @@ def keys():
 
 def costs():
     """What a step of each mode costs, as `benchmarks/step_cost.py` has measured it."""
-    measured, few = measured_costs("cpu"), measured_costs("cpu_goals")
+    measured, few, before = measured_costs("cpu"), measured_costs("cpu_goals"), measured_costs("torch_2_15")
     rows = [
         "| mode | FLOPs / SGD | time / SGD | time, six modes in turn | peak memory above SGD | ViT-S/16: FLOPs | time |",
         "|---|---|---|---|---|---|---|",
     ]
     for (model, mode), row in measured.items():
         if model == "resnet50":
-            vit = measured["vit_small", mode]
+            vit = before["vit_small", mode]
             memory = f"{int(row['extra_memory_bytes']) / 2**20:+.0f} MiB"
             other = f"{float(vit['flop_ratio']):.2f} | {float(vit['wall_median']):.2f}"
             times = f"{spread(row)} | {spread(few.get((model, mode)))}"

@@ -1,0 +1,104 @@
+"""Fetching one shard: whole, or tried again, or given up; in the cache only what is whole."""
+
+import multiprocessing
+import os
+import shlex
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from esam_dist.data.fetch import FetchError, fetch
+from tests.streamed import server, shard, sound
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("esam_dist.data.fetch.FIRST_PAUSE_SECONDS", 0.001)
+
+
+def fetch_as_the_only_process(url: str, cache: Path, expected: bytes) -> None:
+    # In containers that share a volume, process ids are often equal.
+    os.getpid = lambda: 7
+    with fetch(url, tries=1, cache=cache) as file:
+        assert file.read() == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_that_fetch_one_shard_at_once_into_one_cache_do_not_disturb_each_other(digits, tmp_path):
+    fork, shard = multiprocessing.get_context("fork"), digits / "train" / "shard-000000.tar"
+    with server(digits / "train", ["slow", "half", "slow", "slow"]) as (url, _):
+        arguments = (f"{url}/{shard.name}", tmp_path, shard.read_bytes())
+        processes = [fork.Process(target=fetch_as_the_only_process, args=arguments) for _ in range(4)]
+        for process in processes:
+            process.start()
+            time.sleep(0.05)
+        for process in processes:
+            process.join(60)
+    # The one whose connection broke takes nothing from the others.
+    assert [process.exitcode for process in processes] == [0, 1, 0, 0]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [shard.read_bytes()]
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz"])
+def test_compressed_shards_are_fetched_and_not_taken_for_whole_when_cut(tmp_path, mode):
+    path = tmp_path / "0.tar"
+    shard(path, sound(60), mode)
+    with fetch(str(path), tries=1) as file:
+        assert file.read() == path.read_bytes()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(FetchError, match="is no whole tar") as caught:
+        fetch(str(path), tries=1)
+    assert caught.value.reason == "broken_shard"
+
+
+@pytest.mark.parametrize("cut", [512 * 20, 512 * 20 + 100])
+def test_a_shard_cut_between_its_members_or_within_is_not_whole(tmp_path, cut):
+    path = tmp_path / "0.tar"
+    shard(path, sound(60))
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(FetchError, match="is no whole tar"):
+        fetch(str(path), tries=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason", "words"),
+    [
+        ("head -c 5000 {0}", "broken_shard", "is no whole tar"),
+        ("head -c 5000 {0} | cat", "broken_shard", "is no whole tar"),
+        ("cat {0}; exit 3", "unreachable", "status 3"),
+        ("echo $$ >> {1}/pids; head -c 5000 {0}; sleep 1000 | cat", "unreachable", "did nothing for 0.3 seconds"),
+        ("echo $$ >> {1}/pids; cat {0}; exec >&-; sleep 1000 | cat", "unreachable", "did nothing for 0.3 seconds"),
+    ],
+)
+def test_a_pipe_that_breaks_or_gets_stuck_is_tried_again_and_leaves_no_process(
+    digits, tmp_path, monkeypatch, command, reason, words
+):
+    monkeypatch.setattr("esam_dist.data.fetch.TIMEOUT_SECONDS", 0.3)
+    path = shlex.quote(str(digits / "train" / "shard-000000.tar"))
+    with pytest.raises(FetchError, match=rf"{words}.*\(2 tries\)") as caught:
+        fetch("pipe:" + command.format(path, tmp_path), tries=2)
+    assert caught.value.reason == reason
+    pids = (tmp_path / "pids").read_text().split() if "pids" in command else []
+    assert len(pids) == 2 * ("pids" in command)
+    groups = [os.getpgid(process.pid) for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE]
+    assert not {*map(int, pids)} & {*groups}
+
+
+def test_a_command_that_stops_reading_early_is_no_fault(digits):
+    path = digits / "train" / "shard-000000.tar"
+    size = path.stat().st_size
+    with fetch(f"pipe:bash -o pipefail -c 'cat {path} /dev/zero | head -c {size}'", tries=1) as file:
+        assert file.read() == path.read_bytes()
+
+
+def test_fetch_gives_up_after_its_tries(tmp_path):
+    shard(tmp_path / "a", sound(3))
+    with server(tmp_path, ["503", "half", "503"]) as (url, counts):
+        with pytest.raises(FetchError, match=r"/a: .*\(3 tries\)") as caught:
+            fetch(f"{url}/a", tries=3)
+        assert caught.value.reason == "unreachable"
+        with fetch(f"{url}/a", tries=3) as file:
+            assert file.read() == (tmp_path / "a").read_bytes()
+    assert counts == {"503": 2, "half": 1, "ok": 1}
