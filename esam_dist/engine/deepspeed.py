@@ -87,7 +87,8 @@ class DeepSpeedEngine:
         """See `Engine`."""
         if self._loss_scale is None:
             return loss
-        return loss * (self._loss_scale.value / self._ds.gradient_accumulation_steps())
+        accumulate: int = self._ds.gradient_accumulation_steps()
+        return loss * (self._loss_scale.value / accumulate)
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""

@@ -29,7 +29,7 @@ def costs():
     """What a step of each mode costs, as `benchmarks/step_cost.py` has measured it."""
     measured, few, before = measured_costs("cpu"), measured_costs("cpu_goals"), measured_costs("torch_2_15")
     rows = [
-        "| mode | FLOPs / SGD | time / SGD | time, six modes in turn | peak memory above SGD | ViT-S/16: FLOPs | time |",
+        "| mode | FLOPs / SGD | time / SGD | time, six modes | peak memory above SGD | ViT-S/16: FLOPs | time |",
         "|---|---|---|---|---|---|---|",
     ]
     for (model, mode), row in measured.items():
