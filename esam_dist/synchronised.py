@@ -26,6 +26,7 @@ def synchronised_step(
     generator = seed_step(*seed)
     before = Randomness.now(batch.images.device)
     logits_BK, scores = early_scores(engine, batch, rule, generator, engine)
+    coordination = None if scores is None else Coordination(scores, rule, ranks)
     loss_B = per_sample_loss(logits_BK, batch.labels, rule)
     engine.backward(loss_B.mean())
     loss_B = loss_B.detach()
@@ -33,11 +34,12 @@ def synchronised_step(
     with frozen_batchnorm(engine.module), engine.perturbed_by_average(rule.radius) as finite:
         kept, rise_B = keep_all(loss_B), None
         if rule.gamma < 1.0:
-            if scores is None:
+            if coordination is None:
                 with torch.no_grad(), before.replayed():
-                    scores = rise_B = per_sample_loss(engine.module(batch.images), batch.labels, rule) - loss_B
+                    rise_B = per_sample_loss(engine.module(batch.images), batch.labels, rule) - loss_B
                 clock.end("score")
-            kept = Coordination(scores, rule, ranks).end()
+                coordination = Coordination(rise_B, rule, ranks)
+            kept = coordination.end()
             clock.end("select")
         loss_D = per_sample_loss(engine(batch.images[kept.index_D]), batch.labels[kept.index_D], rule)
         engine.backward(kept.mean_over_ranks(loss_D))
