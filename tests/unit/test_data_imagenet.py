@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,6 +124,14 @@ def test_a_restart_from_other_class_folders_is_refused(tmp_path):
     assert "prepared otherwise" in refused("imagenet", tmp_path / "out", "--from", root)
 
 
+def unpacks_to(data: bytes, whole: bytes) -> bool:
+    """Whether the change is in a bit that gzip does not use."""
+    try:
+        return gzip.decompress(data) == gzip.decompress(whole)
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
 def test_a_damaged_devkit_is_refused(tmp_path):
     imagenet(tmp_path / "in")
     path = tmp_path / "in" / DEVKIT
@@ -131,7 +140,7 @@ def test_a_damaged_devkit_is_refused(tmp_path):
         files = {Path(member.name).name: archive.extractfile(member).read() for member in archive}
     truth, meta = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
     damaged = [whole[: len(whole) // 2], whole[:-1], b"<html>", b""]
-    damaged += [flipped(whole, place) for place in range(12, len(whole), 37)]
+    damaged += [data for place in range(12, len(whole), 37) if not unpacks_to(data := flipped(whole, place), whole)]
     damaged += [tar(files | {truth: text}) for text in (b"99\n" * 5, b"one\n" * 5, b"2\n")]
     damaged += [tar(files | {meta: files[meta][:length]}) for length in (0, 100, 200, len(files[meta]) - 20)]
     damaged += [tar(files | {meta: b"x" * 400}), tar({truth: files[truth]})]
