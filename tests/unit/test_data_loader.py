@@ -231,7 +231,7 @@ def test_neither_owner_nor_worker_grows_over_ten_epochs_and_workers_end_with_the
     told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=True).stdout
     *epochs, left = (tuple(map(int, line.split())) for line in told.splitlines())
     for process in (0, 1):
-        # From the third epoch on: the first ones fill allocators. One batch kept in each would be more by far.
+        # From the third epoch on: the first ones fill allocators.
         assert epochs[-1][process] - epochs[2][process] < 8 * 2**20
     # One mapping of four slots, in every epoch.
     slots = 4 * 32 * 64 * 64 * 3
