@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from esam_dist.data.dataset import SampleError
+from esam_dist.data.jpeg import cut, read_header
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: they are mistakes, or attacks on the memory."""
@@ -33,8 +34,6 @@ Pixels = NDArray[np.uint8]
 # One worker process per core: more threads only get in each other's way.
 cv2.setNumThreads(0)
 
-_JPEG = b"\xff\xd8\xff"
-_APP1, _SCAN = 0xE1, 0xDA
 # Pillow knows formats that start other programs (Ghostscript), whatever the name of the file.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 
@@ -57,10 +56,12 @@ class ImageFile:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._pixels: Pixels | None = None
+        header = read_header(data)
         try:
-            if not _is_plain_jpeg(data):
+            if header is None:
                 raise ValueError
             self.height, self.width, *_ = simplejpeg.decode_jpeg_header(data)
+            self._header = header
         except ValueError:
             self._pixels = upright(open_image(data))
             self.height, self.width = self._pixels.shape[:2]
@@ -68,40 +69,38 @@ class ImageFile:
 
     def crop(self, box: Box, out: Pixels, *, antialias: bool = True) -> None:
         """Write the pixels of `box` into `out` [S, S, 3], RGB. Raises SampleError."""
-        pixels = self._turbo(box, out.shape[0]) if self._pixels is None else self._pixels
-        rows, columns = pixels.shape[:2]
-        y, x = rows / self.height, columns / self.width
-        top, left = min(round(box.top * y), rows - 1), min(round(box.left * x), columns - 1)
-        bottom, right = round((box.top + box.height) * y), round((box.left + box.width) * x)
-        _resize(pixels[top : max(bottom, top + 1), left : max(right, left + 1)], out, antialias)
+        pixels = self._turbo(box, out.shape[0]) if self._pixels is None else None
+        if pixels is None:
+            if self._pixels is None:
+                # CMYK, and files with harmless warnings; Pillow knows those from files that are cut short.
+                self._pixels = upright(open_image(self._data))
+            left, top, right, bottom = self._edges(box, *self._pixels.shape[:2])
+            pixels = self._pixels[top:bottom, left:right]
+        _resize(pixels, out, antialias)
 
-    def _turbo(self, box: Box, size: int) -> Pixels:
-        """All pixels, at 1/2, 1/4 or 1/8 in both directions where the crop shrinks by more than that."""
+    def _turbo(self, box: Box, size: int) -> Pixels | None:
+        """The pixels of `box`, at 1/2, 1/4 or 1/8 where it shrinks by more than that; None: simplejpeg refuses them."""
         down = 1
         while down < 8 and min(box.width, box.height) >= 2 * down * size:
             down *= 2
-        wanted = {"min_height": -(-self.height // down), "min_width": -(-self.width // down)} if down > 1 else {}
+        left, top, right, bottom = self._edges(box, -(-self.height // down), -(-self.width // down))
+        data, x, y = cut(self._data, self._header, left * down, top * down, right * down, bottom * down)
         try:
-            pixels: Pixels = simplejpeg.decode_jpeg(self._data, "RGB", fastdct=True, fastupsample=True, **wanted)
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            pixels: Pixels = simplejpeg.decode_jpeg(
+                data, "RGB", fastdct=True, fastupsample=True, min_height=-(-height // down), min_width=-(-width // down)
+            )
         except ValueError:
-            # CMYK, and files with harmless warnings; Pillow knows those from files that are cut short.
-            return upright(open_image(self._data))
-        return pixels
+            return None
+        # Cuts lie at multiples of 8 pixels, so they are whole pixels at any of these scales.
+        return pixels[top - y // down : bottom - y // down, left - x // down : right - x // down]
 
-
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether `data` is a JPEG in which no EXIF or XMP segment before the scan may say that the picture is turned."""
-    place = 2 if data.startswith(_JPEG) else len(data)
-    while place + 4 <= len(data) and data[place] == 0xFF != data[place + 1]:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == _SCAN:
-            return True
-        if marker == _APP1:
-            segment = data[place + 4 : place + 2 + length]
-            if segment.startswith(b"Exif") or b"Orientation" in segment:
-                return False
-        place += 2 + length
-    return False
+    def _edges(self, box: Box, rows: int, columns: int) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of `box` in a picture of so many rows and columns; at least one pixel."""
+        y, x = rows / self.height, columns / self.width
+        top, left = min(round(box.top * y), rows - 1), min(round(box.left * x), columns - 1)
+        bottom, right = round((box.top + box.height) * y), round((box.left + box.width) * x)
+        return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
 def open_image(data: bytes) -> Image.Image:

@@ -73,7 +73,7 @@ def test_a_crop_that_shrinks_a_large_image_is_decoded_smaller_and_equal():
     large = gradient(1030, 770)
     image = ImageFile(encode(Image.fromarray(large)))
     box = Box(101, 53, 800, 700)
-    assert image._turbo(box, 64).shape == (97, 129, 3)
+    assert image._turbo(box, 64).shape == (88, 100, 3)
     out = np.empty((64, 64, 3), np.uint8)
     image.crop(box, out, antialias=False)
     expected = Image.fromarray(large).resize((64, 64), Image.Resampling.BILINEAR, (101, 53, 901, 753))
@@ -258,7 +258,7 @@ def test_one_pixel_is_an_image():
 def test_a_crop_of_a_panorama_that_is_decoded_smaller_lies_where_it_shall():
     wide = gradient(9000, 65)
     image, box = ImageFile(encode(Image.fromarray(wide))), Box(8900, 0, 64, 64)
-    assert image._turbo(box, 8).shape == (9, 1125, 3)
+    assert image._turbo(box, 8).shape == (9, 8, 3)
     out = np.empty((8, 8, 3), np.uint8)
     image.crop(box, out)
     expected = Image.fromarray(wide).resize((8, 8), Image.Resampling.BILINEAR, (8900, 0, 8964, 64))
