@@ -3,17 +3,20 @@
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import webdataset
 from PIL import Image
 
 from esam_dist.data.dataset import SampleError, open_split
+from esam_dist.data.jpeg import read_header
 from esam_dist.data.prepare import write
 from esam_dist.data.prepare.encode import Encoding, png
 from esam_dist.data.prepare.write import PLAN
@@ -169,6 +172,37 @@ def test_a_small_image_is_kept_when_it_can_be_decoded_and_left_out_when_not(name
             Encoding(short_side=64)(data[:length], suffix)
 
 
+@pytest.mark.skipif(shutil.which("jpegtran") is None, reason="jpegtran is not installed")
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}])
+def test_restart_markers_change_no_pixel(options):
+    picture_file = io.BytesIO()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (70, 90, 3), np.uint8)).save(picture_file, "JPEG", quality=92, **options)
+    data = picture_file.getvalue()
+    for encoding in (Encoding(restart_markers=True), Encoding(short_side=256, restart_markers=True)):
+        marked, suffix = encoding(data, "JPEG")
+        assert (read_header(marked).restart, suffix) == (1, "JPEG")
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(Image.open(io.BytesIO(marked))))
+        assert encoding(marked, "JPEG") == (marked, "JPEG")
+
+
+@pytest.mark.skipif(shutil.which("jpegtran") is None, reason="jpegtran is not installed")
+def test_what_cannot_be_rewritten_is_stored_as_it_is(folders, tmp_path):
+    encoding, whole = Encoding(restart_markers=True), jpeg(picture(1, 1))
+    for data in (whole[: len(whole) * 3 // 4], b"\xff\xd8\xff", b"no image", png(picture(1, 1))[0]):
+        assert encoding(data, "jpg") == (data, "jpg")
+    run("folder", tmp_path / "marked", "--from", folders, "--restart-markers")
+    marked = open_split(tmp_path / "marked", "train")
+    assert {read_header(marked.read(sample)).restart for sample in range(marked.num_samples)} == {1}
+
+
+def test_restart_markers_need_the_program_that_writes_them(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = refused("folder", tmp_path / "out", "--from", folders, "--restart-markers")
+    assert "jpegtran is not installed" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_ends_with_0_or_with_2_and_one_line(folders, tmp_path):
     out = tmp_path / "out"
     assert here("prepare", "folder", out, "--from", folders).status == 0
@@ -200,6 +234,7 @@ def test_verify_finds_what_is_wrong(folders, tmp_path):
         (["imagenet", "--from", "no-such-folder"], "no such folder"),
         (["cifar10", "--from", "no-such-folder"], "no such file or folder"),
         (["digits", "--keep-bytes", "--short-side", "64"], "exclude each other"),
+        (["digits", "--keep-bytes", "--restart-markers"], "exclude each other"),
         (["digits", "--quality", "200"], "--quality 200 is out of range"),
         (["digits", "--short-side", "1"], "--short-side 1 is out of range"),
         (["folder", "--from", "x", "--validation-share", "1.5"], "--validation-share 1.5"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 from esam_dist.data.prepare.arrays import cifar, fashion_mnist
 from esam_dist.data.prepare.digits import Digits
-from esam_dist.data.prepare.encode import Encoding
+from esam_dist.data.prepare.encode import JPEGTRAN, Encoding
 from esam_dist.data.prepare.existing import index_existing
 from esam_dist.data.prepare.folders import folders
 from esam_dist.data.prepare.imagenet import imagenet
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--short-side", type=int, metavar="PIXELS", help="shrink larger images to this, as JPEG")
     parser.add_argument("--quality", type=int, default=90, help="of shrunk images (default: 90)")
     parser.add_argument("--keep-bytes", action="store_true", help="store the images' files as they are (the default)")
+    parser.add_argument(
+        "--restart-markers",
+        action="store_true",
+        help=f"rewrite JPEGs ({JPEGTRAN}; no pixel changes), so that only what is cropped need be decoded",
+    )
     parser.add_argument("--validation-share", type=float, default=0.1, metavar="SHARE", help="held out of a `folder`")
     parser.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1024 (digits: 360)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
@@ -54,13 +60,20 @@ def run(args: argparse.Namespace) -> None:
         index_existing(args.out)
     else:
         per_shard = args.samples_per_shard or (360 if args.source == "digits" else 1024)
-        plan = Plan(args.seed, per_shard, Encoding(args.short_side or 0, args.quality))
+        plan = Plan(args.seed, per_shard, Encoding(args.short_side or 0, args.quality, args.restart_markers))
         write_dataset(_source(args), args.out, plan, workers=args.workers)
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.keep_bytes and args.short_side:
         raise UserError("--keep-bytes and --short-side exclude each other; give one of them")
+    if args.keep_bytes and args.restart_markers:
+        raise UserError("--keep-bytes and --restart-markers exclude each other; give one of them")
+    if args.restart_markers and shutil.which(JPEGTRAN) is None:
+        raise UserError(
+            f"--restart-markers: {JPEGTRAN} is not installed; install it (Debian: libjpeg-turbo-progs), or leave the "
+            "option out"
+        )
     for flag, low, high in (("short_side", 8, 4096), ("quality", 1, 95), ("samples_per_shard", 1, 1_000_000)):
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from esam_dist.checksum import sha256
-from esam_dist.data.augment import centre_box
 from esam_dist.data.dataset import SPLITS, SampleError, Split, open_split
-from esam_dist.data.decode import ImageFile
+from esam_dist.data.decode import Box, ImageFile
 from esam_dist.data.prepare.existing import scan_shard
 from esam_dist.data.prepare.processes import results
 from esam_dist.data.shards import read_index
@@ -56,7 +55,8 @@ def shard_faults(split: Split, number: int) -> list[str]:
     for sample in range(start, start + info.samples):
         try:
             image = ImageFile(split.read(sample))
-            image.crop(centre_box(image.width, image.height), out)
+            # All of it: of a crop, less could be decoded.
+            image.crop(Box(0, 0, image.width, image.height), out)
         except SampleError as bad:
             faults.append(f"{split.describe(sample)}: {bad.reason} {bad.detail}")
     split.close()
