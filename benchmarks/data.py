@@ -2,10 +2,11 @@
 
     python -m benchmarks.data [--images 600] [--rounds 5] [--workers 0 1] [--out benchmarks/results/data.csv]
 
-The same natural-looking JPEGs (data_images.py), as originals of 500x375 at quality 90 and prepared with a short side of
-256, go through whole loaders: read, decode, random resized crop to 224, flip, collate, normalise. Rounds of all loaders
-alternate. A core's speed is images per second of CPU time, of all processes of the loader together, so that a machine
-that does other work at the same time does not count; wall-clock speed is reported beside it.
+The same natural-looking JPEGs (data_images.py) go through whole loaders: read, decode, random resized crop to 224,
+flip, collate, normalise. They are originals of 500x375 at quality 90, these with restart markers (where jpegtran is
+installed), and prepared with a short side of 256. Rounds of all loaders alternate. A core's speed is images per second
+of CPU time, of all processes of the loader together, so that a machine that does other work at the same time does not
+count; wall-clock speed is reported beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import csv
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -38,7 +40,7 @@ from esam_dist.data import open_train
 from esam_dist.data.dataset import open_split
 from esam_dist.data.loader import load
 from esam_dist.data.order import Order
-from esam_dist.data.prepare.encode import Encoding
+from esam_dist.data.prepare.encode import JPEGTRAN, Encoding
 from esam_dist.data.prepare.folders import folders
 from esam_dist.data.prepare.write import Plan, write_dataset
 
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _measure(sets: dict[str, Path], args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    print(f"{'images':9} {'workers':7} {'loader':24} {'img/s per core':>20} {'img/s wall':>16} {'MiB/worker':>10}")
+    print(f"{'images':12} {'workers':7} {'loader':24} {'img/s per core':>20} {'img/s wall':>16} {'MiB/worker':>10}")
     for (name, root), workers in ((pair, workers) for pair in sets.items() for workers in args.workers):
         rounds: dict[str, list[Speed]] = {loader: [] for loader in LOADERS}
         for number in range(args.rounds):
@@ -96,7 +98,7 @@ def _measure(sets: dict[str, Path], args: argparse.Namespace) -> Iterator[dict[s
                 }
         for loader, speeds in rounds.items():
             told = f"{_spread(speeds, 0):>20} {_spread(speeds, 1):>16} {speeds[-1].worker_pss_mib:10.0f}"
-            print(f"{name:9} {workers:7} {loader:24} {told}", flush=True)
+            print(f"{name:12} {workers:7} {loader:24} {told}", flush=True)
 
 
 def _round(stream: Iterator[Any], batches: int) -> Speed:
@@ -146,20 +148,25 @@ def _machine() -> dict[str, str]:
 
 
 def _make(folder: Path, num_images: int) -> dict[str, Path]:
-    """Class folders and shards of the same images, in both sizes."""
-    sets = {"originals": folder / "originals", "256-pixel": folder / "256-pixel"}
+    """Class folders and shards of the same images, each as its set stores them."""
+    sets = {
+        "originals": Encoding(),
+        "with markers": Encoding(restart_markers=True),
+        "256-pixel": Encoding(short_side=256, quality=90),
+    }
+    if shutil.which(JPEGTRAN) is None:
+        print(f"{JPEGTRAN} is not installed: no originals with restart markers")
+        del sets["with markers"]
     for number in range(num_images):
-        path = sets["originals"] / "folders" / "train" / f"class{number % CLASSES}" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
         data = jpeg(photograph(number))
-        path.write_bytes(data)
-        small = sets["256-pixel"] / path.relative_to(sets["originals"])
-        small.parent.mkdir(parents=True, exist_ok=True)
-        small.write_bytes(Encoding(256, 90)(data, "jpg")[0])
-    for root in sets.values():
-        source = folders(root / "folders", validation_share=0.02, seed=0)
-        write_dataset(source, root / "shards", Plan(samples_per_shard=200))
-    return sets
+        for name, encoding in sets.items():
+            path = folder / name / "folders" / "train" / f"class{number % CLASSES}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoding(data, "jpg")[0])
+    for name in sets:
+        source = folders(folder / name / "folders", validation_share=0.02, seed=0)
+        write_dataset(source, folder / name / "shards", Plan(samples_per_shard=200))
+    return {name: folder / name for name in sets}
 
 
 def _ours(root: Path, workers: int, **values: Any) -> Iterator[Any]:

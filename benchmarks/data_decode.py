@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import shutil
 import statistics
 import time
 import warnings
@@ -30,7 +31,7 @@ from torchvision.transforms.v2 import functional
 from benchmarks.data_images import jpeg, photograph
 from esam_dist.data.augment import random_box
 from esam_dist.data.decode import Box, ImageFile
-from esam_dist.data.prepare.encode import Encoding
+from esam_dist.data.prepare.encode import JPEGTRAN, Encoding
 
 SIZE = 224
 Decoder = Callable[[bytes, Box], Any]
@@ -46,7 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     originals = [jpeg(photograph(number)) for number in range(args.images)]
-    sets = {"originals": originals, "256-pixel": [Encoding(256, 90)(data, "jpg")[0] for data in originals]}
+    sets = {"originals": originals}
+    if shutil.which(JPEGTRAN):
+        sets["with markers"] = [Encoding(restart_markers=True)(data, "jpg")[0] for data in originals]
+    sets["256-pixel"] = [Encoding(256, 90)(data, "jpg")[0] for data in originals]
     rows = []
     for name, files in sets.items():
         boxes = [_box(data, number) for number, data in enumerate(files)]
@@ -60,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         for decoder, values in speeds.items():
             row = {"images": name, "decoder": decoder, "median": round(statistics.median(values))}
             rows.append(row | {"min": round(min(values)), "max": round(max(values))})
-            print("{images:9} {decoder:44} {median:6} ({min}-{max})".format(**rows[-1]))
+            print("{images:12} {decoder:44} {median:6} ({min}-{max})".format(**rows[-1]))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -118,6 +122,11 @@ def _simplejpeg_scaled(data: bytes, box: Box) -> Any:
     return cv2.resize(pixels[top:bottom, left:right], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
 
 
+def _simplejpeg_alone(data: bytes, _: Box) -> Any:
+    """No crop, no resize: what any way that decodes whole files with libjpeg-turbo takes at least."""
+    return simplejpeg.decode_jpeg(data, "RGB", True, True)
+
+
 def _simplejpeg_area(data: bytes, box: Box) -> Any:
     left, top, right, bottom = _edges(box)
     pixels = simplejpeg.decode_jpeg(data, "RGB", True, True)[top:bottom, left:right]
@@ -137,6 +146,7 @@ DECODERS: dict[str, Decoder] = {
     "OpenCV, linear": _opencv,
     "simplejpeg scaled in eighths, OpenCV linear": _simplejpeg_scaled,
     "simplejpeg, OpenCV area": _simplejpeg_area,
+    "simplejpeg alone, all pixels, no resize": _simplejpeg_alone,
     "esam_dist (simplejpeg; antialias)": _ours,
     "esam_dist (simplejpeg, OpenCV; no antialias)": _ours_fast,
 }

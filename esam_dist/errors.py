@@ -6,6 +6,11 @@ ValueError
 """
 
 
+def printable(text: str) -> str:
+    """`text` as it can be logged: names and messages from outside may hold a line's end, or what a terminal obeys."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class UserError(ValueError):
     """Something the user gave is wrong: the message is one line that names the key, the value and the remedy."""
 

@@ -32,6 +32,8 @@ from typing import IO, cast
 
 from webdataset.gopen import gopen
 
+from esam_dist.errors import printable
+
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.5
@@ -63,7 +65,7 @@ def fetch(url: str, *, tries: int, cache: Path | None = None, first_pause: float
         try:
             return _fetch_once(url, kept)
         except (OSError, HTTPException, ValueError) as error:
-            reason = _hidden(str(error), url)
+            reason = printable(_hidden(str(error), url))
             if attempt == tries:
                 kind = "broken_shard" if isinstance(error, _BrokenError) else "unreachable"
                 raise FetchError(f"{url}: {reason} ({tries} tries)", kind) from None
@@ -171,10 +173,10 @@ def _read_soon(pipe: int) -> bytes:
 
 
 def _check_whole(file: IO[bytes]) -> None:
-    """Raise OSError unless `file` is a tar, compressed or not, up to the mark of zeros at its end."""
-    file.seek(-min(2 * tarfile.BLOCKSIZE, file.seek(0, os.SEEK_END)), os.SEEK_END)
-    if file.read() == bytes(2 * tarfile.BLOCKSIZE):
-        return
+    """Raise OSError unless `file` is a tar, compressed or not, up to the mark of zeros at its end.
+
+    Every header is looked at: tarfile, which webdataset reads with, takes a damaged one for the end.
+    """
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:*") as tar:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from esam_dist import config
-from esam_dist.errors import UserError
+from esam_dist.errors import UserError, printable
 
 AHEAD = 2
 """Batches that each worker is asked for in advance: the DataLoader's `prefetch_factor`."""
@@ -34,9 +34,8 @@ class Skip(NamedTuple):
     detail: str
 
     def line(self) -> str:
-        """For the log: names come from the data, and could hold a line's end, or what a terminal obeys."""
-        text = f"{self.name} ({self.reason}{self.detail and ': '}{self.detail})"
-        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+        """For the log."""
+        return printable(f"{self.name} ({self.reason}{self.detail and ': '}{self.detail})")
 
 
 class Raw(NamedTuple):

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esam_dist.checksum import sha256
-from esam_dist.errors import UserError
+from esam_dist.errors import UserError, printable
 
 BLOCK = 512
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
@@ -155,7 +155,7 @@ def members(file: IO[bytes], start: int = 0, end: int | None = None) -> Iterator
 
 def member_name(header: bytes) -> str:
     """The name in a tar header block, safe to print whatever the bytes are."""
-    return header[:100].split(b"\0", 1)[0].decode("ascii", "backslashreplace")
+    return printable(header[:100].split(b"\0", 1)[0].decode("ascii", "backslashreplace"))
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:

@@ -100,6 +100,9 @@ def job(args: argparse.Namespace) -> Job:
     """The job that the parsed options describe. Raises UserError for options that do not go together."""
     _check_taken(args)
     slots = None if args.hostfile is None else _slots(args.hostfile)
+    for option in ("nnodes", "nproc_per_node"):
+        if slots is not None and getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')}: --hostfile says how many; leave one of them out")
     nodes = args.nnodes or "1"
     low, high = _nodes(nodes) if slots is None else (len(slots), len(slots))
     host, port = _rendezvous(args.rendezvous or "")

@@ -1,9 +1,13 @@
 """Fetching one shard: whole, or tried again, or given up; in the cache only what is whole."""
 
+import gzip
 import multiprocessing
 import os
 import shlex
+import tarfile
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
@@ -60,6 +64,39 @@ def test_a_shard_cut_between_its_members_or_within_is_not_whole(tmp_path, cut):
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(FetchError, match="is no whole tar"):
         fetch(str(path), tries=1)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("place", [512 * 20 + 3, 512 * 20 + 150])
+def test_a_shard_with_a_damaged_header_in_its_middle_is_not_whole(tmp_path, mode, place):
+    path = tmp_path / "0.tar"
+    shard(path, sound(60))
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        assert 512 * 20 in {member.offset for member in tar}
+    data[place] ^= 0x15
+    path.write_bytes(gzip.compress(data) if mode == "w:gz" else data)
+    with pytest.raises(FetchError, match="is no whole tar") as caught:
+        fetch(str(path), tries=1)
+    assert caught.value.reason == "broken_shard"
+
+
+def test_what_a_server_says_is_logged_in_one_line_that_no_terminal_obeys(caplog):
+    class Rude(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(503, "go \x1b[2J away")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Rude) as rude:
+        threading.Thread(target=rude.serve_forever, daemon=True).start()
+        with pytest.raises(FetchError, match=r"go \\x1b\[2J away"):
+            fetch(f"http://127.0.0.1:{rude.server_port}/0.tar", tries=2)
+        rude.shutdown()
+    assert r"go \x1b[2J away" in caplog.text
+    assert "\x1b" not in caplog.text
 
 
 @pytest.mark.parametrize(

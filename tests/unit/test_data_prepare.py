@@ -117,6 +117,22 @@ def test_a_run_killed_at_once_goes_on_keeps_its_shards_and_gives_the_same_bytes(
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_what_is_finished_is_kept(tmp_path):
+    origin, out = class_folders(tmp_path / "pets", size=(1600, 1200)), tmp_path / "out"
+    options = ["--from", origin, "--short-side", 60, "--samples-per-shard", 4, "--workers", 2]
+    command = list(map(str, [sys.executable, "-m", "esam_dist", "prepare", "folder", out, *options]))
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as running:
+        wait_for(lambda: list(out.rglob("*.index")))
+        psutil.Process(running.pid).children()[0].kill()
+        told = running.communicate(timeout=60)[1].strip().splitlines()[-1]
+    assert running.returncode == 2
+    assert told == (
+        "esam-dist: error: --workers 2: one of them was killed, perhaps for memory; "
+        "use fewer (what is finished is kept)"
+    )
+    assert list(out.rglob("*.index"))
+
+
 def test_progress_tells_how_long_it_still_takes(folders, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     # A clock on which every shard takes 12 seconds.

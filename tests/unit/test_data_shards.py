@@ -8,7 +8,7 @@ import pytest
 
 from esam_dist.checksum import sha256
 from esam_dist.data.dataset import open_split
-from esam_dist.data.shards import BLOCK, PARTIAL, Sample, members, read_index, write_shard
+from esam_dist.data.shards import BLOCK, PARTIAL, Sample, member_name, members, read_index, write_shard
 from esam_dist.errors import UserError
 from tests.commands import here
 from tests.prepared import class_folders, contents, flipped, run, tar
@@ -43,6 +43,10 @@ def test_members_may_be_read_in_between():
         file.seek(member.offset_data)
         seen[member.name] = file.read(member.size)
     assert seen == MEMBERS
+
+
+def test_names_of_members_are_printed_so_that_no_terminal_obeys_them():
+    assert member_name(b"a\x1b[2J\n\xff.jpg" + bytes(90)) == r"a\x1b[2J\n\xff.jpg"
 
 
 @pytest.mark.parametrize("before", [0, 3 * BLOCK])

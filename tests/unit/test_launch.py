@@ -137,6 +137,13 @@ def test_host_that_stands_twice_in_a_hostfile_is_refused(tmp_path):
         job("--with=deepspeed", f"--hostfile={tmp_path / 'hosts'}")
 
 
+@pytest.mark.parametrize("option", ["--nnodes=2", "--nproc-per-node=0"])
+def test_sizes_beside_a_hostfile_are_refused(tmp_path, option):
+    (tmp_path / "hosts").write_text("a slots=2\n")
+    with pytest.raises(UserError, match=f"{option.split('=')[0]}: --hostfile says how many; leave one of them out"):
+        job("--with=deepspeed", f"--hostfile={tmp_path / 'hosts'}", option)
+
+
 def test_ranks_of_a_node_are_its_slots_in_the_hostfile(tmp_path):
     (tmp_path / "hosts").write_text("a slots=1\nb   slots=4 # the large one\n")
     options = ["--with=deepspeed", f"--hostfile={tmp_path / 'hosts'}", "--no-ssh", "--rendezvous=a"]

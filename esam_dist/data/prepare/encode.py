@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from esam_dist.data.dataset import SampleError
-from esam_dist.data.decode import MAX_PIXELS, open_image, upright
+from esam_dist.data.decode import open_image, upright
 from esam_dist.data.jpeg import read_header
 
 JPEGTRAN = "jpegtran"
@@ -35,12 +34,9 @@ class Encoding:
         if self.short_side == 0:
             return self._kept(data), suffix
         image = open_image(data)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise SampleError("too_large", f"{width} x {height} pixels")
         # Also what is kept is decoded: nothing less tells that it can be.
         full = Image.fromarray(upright(image))
-        scale = self.short_side / min(width, height)
+        scale = self.short_side / min(image.size)
         if scale >= 1 and image.mode in ("RGB", "L") and not image.getexif():
             return self._kept(data), suffix
         if scale < 1:

@@ -7,14 +7,20 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
+
+from esam_dist.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 def results(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    """What `work` makes of each of `jobs`, in their order; `workers` 0 works in this process."""
+    """What `work` makes of each of `jobs`, in their order; `workers` 0 works in this process.
+
+    Raises UserError when a worker is killed.
+    """
     if workers == 0:
         yield from map(work, jobs)
         return
@@ -23,7 +29,12 @@ def results(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) ->
     with ProcessPoolExecutor(
         min(workers, len(jobs) or 1), mp_context=context, initializer=_begin, initargs=(work,)
     ) as pool:
-        yield from pool.map(_call, jobs)
+        try:
+            yield from pool.map(_call, jobs)
+        except BrokenProcessPool:
+            raise UserError(
+                f"--workers {workers}: one of them was killed, perhaps for memory; use fewer (what is finished is kept)"
+            ) from None
 
 
 _work: Any = None
