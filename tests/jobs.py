@@ -14,5 +14,6 @@ def parsed(*words):
 
 
 def job(*words):
-    """The job of two ranks per node that the options `words` describe."""
-    return arguments.job(parsed("--nproc-per-node=2", *words))
+    """The job that the options `words` describe, of two ranks per node unless a hostfile says how many."""
+    size = [] if any(word.startswith("--hostfile") for word in words) else ["--nproc-per-node=2"]
+    return arguments.job(parsed(*size, *words))
