@@ -17,7 +17,9 @@ NAMES = ["alpha", "beta", "gamma"]
 
 
 def launch(digits, folder, *options, overrides=()):
-    words = ["launch", "--nproc-per-node=1", "--rendezvous=alpha:29500", *options, str(digits / "config.yaml")]
+    # A hostfile says itself how many ranks a host has.
+    size = [] if any(option.startswith("--hostfile") for option in options) else ["--nproc-per-node=1"]
+    words = ["launch", *size, "--rendezvous=alpha:29500", *options, str(digits / "config.yaml")]
     return [sys.executable, "-m", "esam_dist", *words, f"run.folder={folder / 'run'}", *overrides]
 
 
