@@ -1,6 +1,6 @@
 """JPEG files read as far as their headers, and cut down to a crop before anything decodes them.
 
-A decoder starts afresh at each restart marker (ITU T.81, E.1.4 and F.2.1.3.1), so the intervals between markers that a
+A decoder starts afresh at each restart marker (ITU T.81, E.2.4), so the intervals between markers that a
 crop touches, behind a header of fewer rows and columns, are a JPEG of their own, with the same pixels. That spares the
 decoding of all others, by any decoder. `prepare` writes a marker behind every MCU, the block that JPEG codes as one
 (16 x 16 pixels, or 8 x 8).
