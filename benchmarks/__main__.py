@@ -1,6 +1,6 @@
 """`make bench`: every benchmark, one after the other, in its short form; each one's docstring tells more.
 
-python -m benchmarks           # some ten minutes on two cores
+python -m benchmarks           # a quarter of an hour on two cores
 python -m benchmarks --full    # every mode on all three networks: two hours, on a machine that nobody else uses
 """
 
@@ -12,7 +12,7 @@ import sys
 
 STEP_COST = ["benchmarks.step_cost"]
 OTHERS = {
-    "how fast images become batches": ["benchmarks.data"],
+    "how fast images become batches": ["benchmarks.data", "--workers", "1"],
     "how well the windowed order shuffles": ["benchmarks.data_shuffle"],
     "what it costs to choose among all ranks": ["benchmarks.coordination"],
 }
