@@ -115,6 +115,14 @@ def test_prepared_images_are_cut():
     assert len(part_of(data, 30, 20, 80, 60).data) < len(data) / 3
 
 
+@pytest.mark.parametrize("quality", [90, 93, 95])
+def test_images_that_hardly_compress_are_prepared_too(quality):
+    rough = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (600, 800, 3))
+    data, _ = Encoding(short_side=599, quality=quality)(encode(Image.fromarray(rough), "PNG"), "png")
+    assert Image.open(io.BytesIO(data)).size == (799, 599)
+    assert part_of(data, 0, 0, 100, 100) != Part(data, 0, 0)
+
+
 def test_a_part_has_its_markers_in_turn_and_ends():
     # 20 columns of MCUs: rows begin anywhere in the turn of eight.
     data = encode(noise(160, 160), restart_marker_blocks=1)

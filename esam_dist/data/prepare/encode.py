@@ -42,7 +42,7 @@ class Encoding:
         if scale < 1:
             full = full.resize((round(full.width * scale), round(full.height * scale)), Image.Resampling.BICUBIC)
         file = io.BytesIO()
-        full.save(file, "JPEG", quality=self.quality, subsampling="4:2:0", optimize=True, restart_marker_blocks=1)
+        full.save(file, "JPEG", quality=self.quality, subsampling="4:2:0", restart_marker_blocks=1)
         return file.getvalue(), "jpg"
 
     def _kept(self, data: bytes) -> bytes:
