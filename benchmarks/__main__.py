@@ -12,7 +12,7 @@ import sys
 
 STEP_COST = ["benchmarks.step_cost"]
 OTHERS = {
-    "how fast images become batches": ["benchmarks.data", "--workers", "1"],
+    "how fast images become batches": ["benchmarks.data"],
     "how well the windowed order shuffles": ["benchmarks.data_shuffle"],
     "what it costs to choose among all ranks": ["benchmarks.coordination"],
 }

@@ -1,18 +1,19 @@
 """How fast images become batches: this package against plain webdataset and torchvision's ImageFolder.
 
-    python -m benchmarks.data [--images 600] [--rounds 5] [--workers 0 1] [--out benchmarks/results/data.csv]
+    python -m benchmarks.data [--images 600] [--rounds 5] [--workers 1] [--out benchmarks/results/data.csv]
 
 The same natural-looking JPEGs (data_images.py) go through whole loaders: read, decode, random resized crop to 224,
 flip, collate, normalise. They are originals of 500x375 at quality 90, these with restart markers (where jpegtran is
-installed), and prepared with a short side of 256. Rounds of all loaders alternate. A core's speed is images per second
-of CPU time, of all processes of the loader together, so that a machine that does other work at the same time does not
-count; wall-clock speed is reported beside it.
+installed), and prepared with a short side of 256. All loaders and images take turns. A core's speed is images per
+second of CPU time, of all processes of the loader together, so that a machine that does other work at the same time
+does not count; wall-clock speed is reported beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import platform
 import shutil
@@ -22,7 +23,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data.csv"))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -80,34 +80,37 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _measure(sets: dict[str, Path], args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    rounds: dict[tuple[str, int, str], list[Speed]] = {
+        key: [] for key in itertools.product(sets, args.workers, LOADERS)
+    }
+    # Everything takes turns: a machine that others use changes its speed in between.
+    for number in range(args.rounds):
+        for (name, workers, loader), speeds in rounds.items():
+            speed = _round(LOADERS[loader](sets[name], workers), -(-args.images // BATCH))
+            speeds.append(speed)
+            yield {
+                "images": name,
+                "workers": workers,
+                "loader": loader,
+                "round": number,
+                **{key: round(value, 1) for key, value in speed._asdict().items()},
+                "load": round(os.getloadavg()[0], 1),
+                **_machine(),
+            }
+        print(f"round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
     print(f"{'images':12} {'workers':7} {'loader':24} {'img/s per core':>20} {'img/s wall':>16} {'MiB/worker':>10}")
-    for (name, root), workers in ((pair, workers) for pair in sets.items() for workers in args.workers):
-        rounds: dict[str, list[Speed]] = {loader: [] for loader in LOADERS}
-        for number in range(args.rounds):
-            for loader, open_loader in LOADERS.items():
-                speed = _round(open_loader(root, workers), -(-args.images // BATCH))
-                rounds[loader].append(speed)
-                yield {
-                    "images": name,
-                    "workers": workers,
-                    "loader": loader,
-                    "round": number,
-                    **{key: round(value, 1) for key, value in speed._asdict().items()},
-                    "load": round(os.getloadavg()[0], 1),
-                    **_machine(),
-                }
-        for loader, speeds in rounds.items():
-            told = f"{_spread(speeds, 0):>20} {_spread(speeds, 1):>16} {speeds[-1].worker_pss_mib:10.0f}"
-            print(f"{name:12} {workers:7} {loader:24} {told}", flush=True)
+    for (name, workers, loader), speeds in rounds.items():
+        told = f"{_spread(speeds, 0):>20} {_spread(speeds, 1):>16} {speeds[-1].worker_pss_mib:10.0f}"
+        print(f"{name:12} {workers:7} {loader:24} {told}")
 
 
 def _round(stream: Iterator[Any], batches: int) -> Speed:
     """Measure one loader, alone: workers of others that read ahead would be counted, or get their work for nothing."""
     # Libraries load, tables are built; before and after the measurement, workers are two batches ahead.
-    list(islice(stream, 3))
+    list(itertools.islice(stream, 3))
     workers = [process for process in psutil.Process().children(recursive=True) if process.is_running()]
     before, start = _cpu_seconds(workers), time.perf_counter()
-    images = sum(_size(batch) for batch in islice(stream, batches))
+    images = sum(_size(batch) for batch in itertools.islice(stream, batches))
     wall, cpu = time.perf_counter() - start, _cpu_seconds(workers) - before
     memory = [process.memory_full_info().pss / 2**20 for process in workers]
     return Speed(images / cpu, images / wall, max(memory, default=0.0))
@@ -222,7 +225,7 @@ def _image_folder(root: Path, workers: int) -> Iterator[Any]:
     loader = torch.utils.data.DataLoader(
         folder, BATCH, sampler=sampler, num_workers=workers, drop_last=True, persistent_workers=workers > 0
     )
-    return chain.from_iterable(repeat(loader))
+    return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
 LOADERS: dict[str, Loader] = {
