@@ -1,6 +1,6 @@
 """`make bench`: every benchmark, one after the other, in its short form; each one's docstring tells more.
 
-python -m benchmarks           # a quarter of an hour on two cores
+python -m benchmarks           # some ten minutes on two cores
 python -m benchmarks --full    # every mode on all three networks: two hours, on a machine that nobody else uses
 """
 
