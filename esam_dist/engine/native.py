@@ -60,7 +60,7 @@ class NativeEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
-        self._scaler.scale(loss / self._accumulate).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(self._scaler.scale(loss / self._accumulate))
 
     def step(self, lr: float) -> Tensor:
         """See `Engine`."""

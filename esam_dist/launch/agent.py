@@ -25,4 +25,5 @@ class Agent(LocalElasticAgent):
 
 def register() -> None:
     """Let torchrun use this agent in this process."""
+    # It has no option for that: it looks the class up by this name, which `api` imports for itself and does not export.
     api.LocalElasticAgent = Agent  # type: ignore[attr-defined]

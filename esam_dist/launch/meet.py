@@ -14,6 +14,7 @@ from esam_dist.errors import UserError
 from esam_dist.launch.arguments import Job
 
 if TYPE_CHECKING:
+    # torch exports it only where it was built with distributed, which mypy does not see; so below, and in checks.py.
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 SECONDS = 300

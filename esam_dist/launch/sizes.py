@@ -82,7 +82,7 @@ def _fill(pod: Resource, ranks: int, before: int) -> None:
         amounts |= {name: _scaled(str(amount), ranks, before) for name, amount in amounts.items()}
     for volume in pod["volumes"]:
         if volume["name"] == "shared-memory":
-            volume["emptyDir"]["sizeLimit"] = _scaled(volume["emptyDir"]["sizeLimit"], ranks, before)
+            volume["emptyDir"]["sizeLimit"] = _scaled(str(volume["emptyDir"]["sizeLimit"]), ranks, before)
     container["ports"] = [
         *(port for port in container["ports"] if not port["name"].startswith("metrics-")),
         *({"name": f"metrics-{rank}", "containerPort": METRICS_PORT + rank} for rank in range(ranks)),
@@ -97,6 +97,9 @@ def _open_ports(policy: Resource, ranks: int) -> None:
 
 
 def _scaled(quantity: str, ranks: int, before: int) -> str:
-    """`quantity`, such as 16Gi or 500m, of `before` ranks, for `ranks`."""
-    number, suffix = re.fullmatch(r"([\d.]+)(\w*)", quantity).groups()  # type: ignore[union-attr]
+    """`quantity`, such as 16Gi or 500m, of `before` ranks, for `ranks`. Raises UserError for what is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(\w*)", quantity)
+    if found is None:
+        raise UserError(f"--overlay: {quantity!r} is no quantity that goes with the ranks; write it as 16Gi or 500m")
+    number, suffix = found.groups()
     return f"{(Decimal(number) * ranks / before).normalize():f}{suffix}"

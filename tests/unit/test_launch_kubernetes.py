@@ -44,6 +44,14 @@ def test_what_is_not_given_stays_as_the_overlay_says():
     assert resized() == OVERLAY
 
 
+@pytest.mark.parametrize("quantity", ["", "much", "-1", "1.2.3", "16 Gi"])
+def test_a_quantity_that_cannot_be_scaled_is_refused(quantity):
+    resources = copy.deepcopy(OVERLAY)
+    resources[3]["spec"]["template"]["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] = quantity
+    with pytest.raises(UserError, match=f"--overlay: '{quantity}' is no quantity that goes with the ranks; write it"):
+        resize(resources, Sizes(**(vars(AS_IT_IS) | {"ranks_per_node": 2})))
+
+
 def test_ranks_bring_their_gpus_cpus_memory_and_ports():
     _, settings, policy, job, another = resized(ranks_per_node=8)
     assert settings["data"] == {"NODES": "2", "RANKS_PER_NODE": "8", "MAX_RESTARTS": "3"}
