@@ -75,7 +75,8 @@ class Coordination:
     def _within_rank(self) -> Kept:
         kept_B = selection.select(self._score_B.unsqueeze(0), self._rule.gamma)[0]
         # A count known beforehand needs no word from the device; a sample that is alone goes twice, with the same mean.
-        index_D = _filled(kept_B, max(self.num_within_rank, self._smallest))
+        index_D = _kept_first(kept_B)[: self.num_within_rank]
+        index_D = index_D.repeat(2) if len(index_D) < self._smallest else index_D
         num_kept = torch.full_like(self._score_B[0], self.num_within_rank)
         return Kept(index_D, Tensor.mean, num_kept, selection.threshold(self._score_B, kept_B))
 
@@ -117,7 +118,7 @@ def _kept_first(kept_B: Tensor) -> Tensor:
 
 
 def _filled(kept_B: Tensor, size: int) -> Tensor:
-    """`size` positions: those of the kept samples, and again from the first.
+    """`size` positions: those of the kept samples, of which there is at least one, and again from the first.
 
     So padding brings BatchNorm no other samples than those kept, and no number that is not finite.
     """
