@@ -18,6 +18,17 @@ def seed_step(*names: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(ours))
 
 
+@contextmanager
+def seeded(names: tuple[int, ...], device: torch.device) -> Iterator[torch.Generator]:
+    """`seed_step` for the length of the block; behind it, torch's generators go on as if nothing had been drawn."""
+    before = [Randomness.now(place) for place in {torch.device("cpu"), device}]
+    try:
+        yield seed_step(*names)
+    finally:
+        for state in before:
+            state.restore()
+
+
 @dataclass(frozen=True)
 class Randomness:
     """The state of the generator that dropout on one device draws from."""
@@ -35,13 +46,14 @@ class Randomness:
     def replayed(self) -> Iterator[None]:
         """Inside the block, draw what was drawn after this state; afterwards, go on as if nothing had been."""
         after = Randomness.now(self.device)
-        self._set()
+        self.restore()
         try:
             yield
         finally:
-            after._set()
+            after.restore()
 
-    def _set(self) -> None:
+    def restore(self) -> None:
+        """Go on from this state."""
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(self.state, self.device)
         else:

@@ -35,6 +35,23 @@ class Pending:
         return self._result
 
 
+@dataclass
+class PendingMean:
+    """An average under way."""
+
+    _sum: Pending
+    _shapes: list[torch.Size]
+    _world_size: int
+
+    def wait(self) -> list[Tensor]:
+        """The mean over ranks of each tensor."""
+        flat = self._sum.wait()
+        if self._world_size > 1:
+            flat.div_(self._world_size)
+        parts = torch.split(flat, [shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among all: `rank` of `world_size`, the `local_rank`-th on its node, computing on `device`."""
@@ -50,6 +67,13 @@ class Ranks:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         return Ranks(int(os.environ.get("RANK", "0")), local_rank, int(os.environ.get("WORLD_SIZE", "1")), device)
+
+    @staticmethod
+    def of_process_group(device: torch.device) -> Ranks:
+        """This process in the group that is already there, if any, computing on `device`."""
+        if not dist.is_initialized():
+            return Ranks(device=device)
+        return Ranks(dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size(), device)
 
     @property
     def is_first(self) -> bool:
@@ -78,11 +102,25 @@ class Ranks:
 
     def average(self, tensors: list[Tensor]) -> list[Tensor]:
         """The mean over ranks of each tensor, in one all-reduce."""
-        if self.world_size == 1 or not tensors:
-            return tensors
-        flat = self.sum_(torch.cat([tensor.flatten() for tensor in tensors])).div_(self.world_size)
-        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        return tensors if self.world_size == 1 else self.average_later(tensors).wait()
+
+    def average_(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over ranks, in all-reduces of some 25 MB, as DDP divides them."""
+        if self.world_size == 1:
+            return
+        buckets: list[list[Tensor]] = [[]]
+        for tensor in tensors:
+            if sum(other.nbytes for other in buckets[-1]) > 25 * 2**20:
+                buckets.append([])
+            buckets[-1].append(tensor)
+        for bucket, pending in [(bucket, self.average_later(bucket)) for bucket in buckets if bucket]:
+            torch._foreach_copy_(bucket, pending.wait())
+
+    def average_later(self, tensors: list[Tensor]) -> PendingMean:
+        """Begin to average each tensor over ranks, in one all-reduce: `wait` returns the means, as new tensors."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.zeros(0)
+        shapes = [tensor.shape for tensor in tensors]
+        return PendingMean(self.sum_later(flat) if tensors else Pending(flat, None), shapes, self.world_size)
 
     def share(self, value: T | None) -> T:
         """Rank 0's `value` (plain values and CPU tensors) on every rank."""

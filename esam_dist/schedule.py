@@ -36,6 +36,11 @@ class Schedule:
         """The values at the knots; the schedule never leaves their range."""
         return [value for _, value in self.knots]
 
+    @property
+    def changes(self) -> bool:
+        """Whether it is more than one value."""
+        return len(self.knots) > 1
+
     def __call__(self, epoch: float) -> float:
         """The value at `epoch` (samples seen over samples in the set)."""
         for (start, first), (end, last) in pairwise(self.knots):

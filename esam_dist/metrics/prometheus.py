@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Info, Proce
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from esam_dist.metrics.rows import Standing, TrainRow, ValidationRow
+from esam_dist.metrics.rows import TrainRow, ValidationRow
+from esam_dist.progress import Progress
 
 GAUGES = {
     "esam_step": "Updates finished since the beginning of the run.",
@@ -49,6 +50,7 @@ RANK_GAUGES = {
 COUNTERS = {
     "esam_samples_total": "Training samples seen by all ranks.",
     "esam_kept_samples_total": "Training samples kept for the descent by all ranks (SDS).",
+    "esam_sharp_updates_total": "Updates that were sharpness-aware, by the method's phase and interval.",
     "esam_skipped_perturbations_total": "Updates without perturbation, because the ascent gradient was not finite.",
 }
 HISTORY = {
@@ -105,13 +107,13 @@ class Exposition(Collector):
         """The gauge's value, None where it has none."""
         return self._values.get(name)
 
-    def take_up(self, standing: Standing) -> None:
+    def take_up(self, progress: Progress) -> None:
         """Show where the run stands; what earlier processes saw is left out of `esam_samples_total`."""
-        self._samples = standing.samples
-        self.set("esam_planned_steps", standing.planned_steps)
-        self.set("esam_step", standing.step)
-        self.set("esam_restarts_total", standing.restarts)
-        self.set("esam_loss_not_finite_total", standing.not_finite)
+        self._samples = progress.samples
+        self.set("esam_planned_steps", progress.planned_steps)
+        self.set("esam_step", progress.step)
+        self.set("esam_restarts_total", progress.restarts)
+        self.set("esam_loss_not_finite_total", progress.not_finite)
 
     def train(self, row: TrainRow) -> None:
         """Take over one log interval."""
@@ -122,6 +124,7 @@ class Exposition(Collector):
         self._counters["esam_samples_total"].inc(max(0, row.samples - self._samples))
         self._samples = row.samples
         self._counters["esam_kept_samples_total"].inc(row.kept_samples)
+        self._counters["esam_sharp_updates_total"].inc(row.sharp_updates)
         self._counters["esam_skipped_perturbations_total"].inc(row.skipped_perturbations)
         self._skip(row.skipped_samples)
         for phase, seconds in row.phases.items():

@@ -6,21 +6,6 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where a run stands when a process takes it up."""
-
-    planned_steps: int
-    """Updates of the whole run."""
-    step: int = 0
-    samples: int = 0
-    """Seen by all ranks of earlier processes."""
-    restarts: int = 0
-    """Starts after the first, this one included."""
-    not_finite: int = 0
-    """Earlier processes that ended because the loss was not finite."""
-
-
-@dataclass(frozen=True)
 class TrainRow:
     """One log interval. Without another word a value is the mean of the interval over all ranks."""
 
@@ -49,6 +34,8 @@ class TrainRow:
     """Kept for the descent by all ranks in this interval."""
     skipped_perturbations: int = 0
     """In this interval, because the ascent gradient was not finite."""
+    sharp_updates: int = 0
+    """Sharpness-aware updates in this interval; the others were plain."""
     skipped_samples: dict[str, int] = field(default_factory=dict)
     """By reason: samples that this rank could not read in this interval."""
     phases: dict[str, list[float]] = field(default_factory=dict)

@@ -16,7 +16,8 @@ from esam_dist.metrics.board import TensorBoard
 from esam_dist.metrics.console import Bar, Lines, wants_bar
 from esam_dist.metrics.health import Pulse, Server
 from esam_dist.metrics.prometheus import Exposition
-from esam_dist.metrics.rows import Standing, TrainRow, ValidationRow
+from esam_dist.metrics.rows import TrainRow, ValidationRow
+from esam_dist.progress import Progress
 
 log = logging.getLogger("esam_dist")
 
@@ -27,7 +28,7 @@ PUSHED_JOB = "esam_pushed"
 class Metrics:
     """Every sink of one rank: Prometheus on each rank; metrics.jsonl, TensorBoard and the console on rank 0.
 
-    `standing` is where the run stands; ranks other than 0 get to know it when they have met, and then call `take_up`.
+    `progress` is where the run stands; ranks other than 0 get to know it when they have met, and then call `take_up`.
     Raises UserError when the endpoint's address is taken or TensorBoard is missing.
     """
 
@@ -40,7 +41,7 @@ class Metrics:
         local_rank: int,
         world_size: int,
         run_info: dict[str, str],
-        standing: Standing | None = None,
+        progress: Progress | None = None,
         registry: CollectorRegistry | None = None,
     ) -> None:
         self.registry = registry or CollectorRegistry()
@@ -48,21 +49,21 @@ class Metrics:
         self._run = run_info.get("run", folder.name)
         self._prometheus = Exposition(self.registry, rank=rank, world_size=world_size, run_info=run_info)
         self._prometheus.set("esam_start_timestamp_seconds", time.time())
-        if standing is not None:
-            self.take_up(standing)
+        if progress is not None:
+            self.take_up(progress)
         self.pulse = Pulse(cfg.stall_seconds)
         self._server = Server(self.registry, self.pulse, cfg.bind, cfg.port + local_rank) if cfg.port else None
         self._board = TensorBoard(folder) if cfg.tensorboard and rank == 0 else None
         self._lines = jsonl.JsonLines(folder) if rank == 0 else None
         self._console: Bar | Lines | None = None
-        if rank == 0 and standing is not None:
-            total = standing.planned_steps
+        if rank == 0 and progress is not None:
+            total = progress.planned_steps
             self._console = Bar(total) if wants_bar(cfg.progress) else Lines(total)
 
-    def take_up(self, standing: Standing) -> None:
+    def take_up(self, progress: Progress) -> None:
         """Show where the run stands, before the first update of this process."""
-        self._restarts = standing.restarts
-        self._prometheus.take_up(standing)
+        self._restarts = progress.restarts
+        self._prometheus.take_up(progress)
 
     def train(self, row: TrainRow) -> None:
         """Report one log interval; every rank calls it."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -23,14 +21,8 @@ class Classifier(nn.Module):
         network.to(memory_format=self._format)
         self._autocast_type = AUTOCAST_TYPES[precision]
 
-    def forward(self, images: Tensor | Callable[[], Tensor]) -> Tensor:
-        """Logits [B, K], float32.
-
-        Instead of images, a function of no arguments is called, and its result returned: so a gradient that was
-        computed elsewhere passes through the wrapper (DDP) that averages gradients.
-        """
-        if not isinstance(images, Tensor):
-            return images()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K], float32."""
         images = images.to(memory_format=self._format)
         if self._autocast_type is None:
             return self.network(images)  # type: ignore[no-any-return]

@@ -145,7 +145,12 @@ def _settings(path: Path) -> dict[str, str]:
 
 def _method(run: Run) -> dict[str, str]:
     # A run of an older version lacks the newer keys; it behaved as their defaults do.
-    defaults = {key: default for key, (default, _) in config.keys().items()}
+    method = run.settings.get("method.name")
+    defaults = {
+        key.name: key.default
+        for key in config.keys()  # noqa: SIM118
+        if not key.methods or method in key.methods
+    }
     return {key: value for key, value in (defaults | run.settings).items() if not key.startswith(NOT_THE_METHOD)}
 
 

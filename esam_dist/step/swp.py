@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from esam_dist.step.vector import Vector
+
+Mode = Literal["tensor", "element", "suffix", "norm"]
 
 NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -32,7 +36,7 @@ class Draw(NamedTuple):
     """Probability with which each single weight of these tensors is perturbed."""
 
 
-def draw(module: nn.Module, mode: str, beta: float, generator: torch.Generator) -> Draw:
+def draw(module: nn.Module, mode: Mode, beta: float, generator: torch.Generator) -> Draw:
     """The perturbed tensors of one step, drawn from `generator`; `beta` is the expected share.
 
     tensor    each tensor with probability beta, and never none at all
@@ -65,6 +69,16 @@ def draw_suffix(params: Sequence[nn.Parameter], beta: float, uniform: float) -> 
     included = max(1, math.ceil(uniform ** ((1.0 - beta) / beta) * num))
     factors = [1.0 / suffix_chance(from_last, num, beta) for from_last in reversed(range(included))]
     return Draw(list(params[num - included :]), factors)
+
+
+def compensated(gradient: Vector, drawn: Draw, generator: torch.Generator) -> Vector:
+    """The gradient of the drawn tensors, in place: each times its factor, and its elements masked."""
+    if drawn.factors is not None:
+        by_param = dict(zip(drawn.params, drawn.factors, strict=True))
+        torch._foreach_mul_(gradient.tensors, [by_param[param] for param in gradient.params])
+    if drawn.keep_element < 1.0 and gradient.tensors:
+        mask_elements(gradient.tensors, drawn.keep_element, generator)
+    return gradient
 
 
 def suffix_chance(from_last: int, num_tensors: int, beta: float) -> float:
