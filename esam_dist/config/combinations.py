@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from esam_dist.errors import UserError
-from esam_dist.methods import Faults
+from esam_dist.methods import Faults, Setup
 from esam_dist.methods.needs import zero3_refusal
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def check(config: Config) -> None:
 
 def faults(config: Config) -> Faults:
     """All that is ever refused, in an order that does not depend on `config`: whether it is here, and the words."""
-    own = [*_data(config), *_optimizer(config), *config.method.faults(config), *_engine(config)]
+    own = [*_data(config), *_optimizer(config), *_method(config), *_engine(config)]
     return [*own, *_metrics(config), *_stream(config)]
 
 
@@ -54,6 +54,11 @@ def _optimizer(config: Config) -> Faults:
             "optim.schedule = step needs optim.step_epochs, such as [30, 60, 80]",
         ),
     ]
+
+
+def _method(config: Config) -> Faults:
+    setup = Setup(config.data.batch_size, config.train.accumulate, config.optim.momentum)
+    return config.method.faults(setup)
 
 
 def _engine(config: Config) -> Faults:

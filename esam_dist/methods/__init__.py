@@ -22,7 +22,7 @@ from esam_dist.methods.asam import ASAM
 from esam_dist.methods.esam import ESAM
 from esam_dist.methods.gsam import GSAM
 from esam_dist.methods.looksam import LookSAM
-from esam_dist.methods.method import Faults, Method, Phase, Sharp
+from esam_dist.methods.method import Faults, Method, Phase, Setup, Sharp
 from esam_dist.methods.msam import MSAM
 from esam_dist.methods.recycled import Recycled
 from esam_dist.methods.sam import SAM
@@ -49,5 +49,6 @@ __all__ = [
     "Method",
     "Phase",
     "Recycled",
+    "Setup",
     "Sharp",
 ]

@@ -11,17 +11,14 @@ A moving average is over all ranks' gradients, alike on all of them; it travels 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from esam_dist.methods.method import Faults
+from esam_dist.methods.method import Faults, Setup
 from esam_dist.methods.selective import Selective
 from esam_dist.section import BelowOne, NonNegative
 from esam_dist.step import Step
 from esam_dist.step.swp import Draw
 from esam_dist.step.vector import Vector
-
-if TYPE_CHECKING:
-    from esam_dist.config import Config
 
 Direction = Literal["gradient", "momentum", "previous", "average", "residual"]
 
@@ -104,17 +101,17 @@ class Directed(Selective):
         needed = {"momentum": {"momentum"}, "gradient": set()}.get(self.direction, {"memory"})
         return super().needs() | needed
 
-    def faults(self, config: Config) -> Faults:
+    def faults(self, setup: Setup) -> Faults:
         """See `Method`."""
         averaged = self.direction in ("average", "residual")
         return [
-            *super().faults(config),
+            *super().faults(setup),
             (
-                self.direction == "momentum" and config.optim.momentum == 0.0,
+                self.direction == "momentum" and setup.momentum == 0.0,
                 "method.direction = momentum needs optim.momentum > 0",
             ),
             (
-                averaged and (config.train.accumulate > 1 or self.group_size > 0),
+                averaged and (setup.accumulate > 1 or self.group_size > 0),
                 f"method.direction = {self.direction} moves its average once per update: it needs train.accumulate = 1 "
                 "and method.group_size = 0",
             ),

@@ -6,21 +6,18 @@ Cost, SGD being 1: (2 + beta + f + 3 gamma) / 3, with f = 1 for `score: forward`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import nn
 
 from esam_dist.errors import UserError
 from esam_dist.methods.directions import Directed
-from esam_dist.methods.method import Faults
+from esam_dist.methods.method import Faults, Setup
 from esam_dist.schedule import Schedule
 from esam_dist.section import Share
 from esam_dist.step import Moment, Step
 from esam_dist.step import swp as weights
 from esam_dist.step.perturbation import radius
-
-if TYPE_CHECKING:
-    from esam_dist.config import Config
 
 
 class ESAM(Directed):
@@ -58,10 +55,10 @@ class ESAM(Directed):
         if self.swp == "norm" and not weights.has_norms(module):
             raise UserError("method.swp = norm perturbs normalisation layers, and this network has none; use tensor")
 
-    def faults(self, config: Config) -> Faults:
+    def faults(self, setup: Setup) -> Faults:
         """See `Method`."""
         return [
-            *super().faults(config),
+            *super().faults(setup),
             (
                 self.direction in ("average", "residual") and not self._climbs_whole,
                 f"method.direction = {self.direction} averages the gradient of all weights: it needs method.beta = 1 "

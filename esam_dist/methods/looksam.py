@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from esam_dist.methods.method import Faults, Sharp
+from esam_dist.methods.method import Faults, Setup, Sharp
 from esam_dist.section import Count, NonNegative
 from esam_dist.step import Moment, Step
 from esam_dist.step.vector import TINY
-
-if TYPE_CHECKING:
-    from esam_dist.config import Config
 
 
 class LookSAM(Sharp):
@@ -45,16 +42,16 @@ class LookSAM(Sharp):
         """See `Method`."""
         return super().needs() | {"memory"}
 
-    def faults(self, config: Config) -> Faults:
+    def faults(self, setup: Setup) -> Faults:
         """See `Method`."""
         return [
-            *super().faults(config),
+            *super().faults(setup),
             (
                 self.interval == 1,
                 "method.name = looksam reuses a direction between perturbations: give method.interval > 1, such as 5",
             ),
             (
-                config.train.accumulate > 1 or self.group_size > 0,
+                setup.accumulate > 1 or self.group_size > 0,
                 "method.name = looksam remembers one flat part per update: it needs train.accumulate = 1 and "
                 "method.group_size = 0",
             ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_serializer, model_validator
 from torch import nn
@@ -11,11 +11,19 @@ from esam_dist.schedule import Schedule
 from esam_dist.section import Count, Radius, Section, UpToOne
 from esam_dist.step import Moment, Step
 
-if TYPE_CHECKING:
-    from esam_dist.config import Config
-
 Faults = list[tuple[bool, str]]
 """Whether a combination of keys is refused, and the words."""
+
+
+class Setup(NamedTuple):
+    """What else is configured that a method has to go together with."""
+
+    batch_size: int
+    """Per rank and micro-batch."""
+    accumulate: int
+    """Micro-batches per update."""
+    momentum: float
+    """The optimizer's."""
 
 
 class Method(Section):
@@ -39,7 +47,7 @@ class Method(Section):
         """What not every engine can do, of the names in `methods.needs`."""
         return set()
 
-    def faults(self, config: Config) -> Faults:  # noqa: ARG002
+    def faults(self, setup: Setup) -> Faults:  # noqa: ARG002
         """Combinations that make no sense, in an order that does not depend on `config`."""
         return []
 
@@ -109,9 +117,9 @@ class Sharp(Method):
         """See `Method`."""
         return {"groups"} if self.group_size else set()
 
-    def faults(self, config: Config) -> Faults:
+    def faults(self, setup: Setup) -> Faults:
         """See `Method`."""
-        batch = config.data.batch_size
+        batch = setup.batch_size
         return [
             (
                 self.group_size > 0 and batch % self.group_size != 0,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from esam_dist.methods.directions import reversed_momentum
-from esam_dist.methods.method import Faults, Sharp
+from esam_dist.methods.method import Faults, Setup, Sharp
 from esam_dist.schedule import Schedule
 from esam_dist.section import Radius
 from esam_dist.step import Step
-
-if TYPE_CHECKING:
-    from esam_dist.config import Config
 
 
 class MSAM(Sharp):
@@ -34,12 +31,12 @@ class MSAM(Sharp):
         """See `Method`."""
         return super().needs() | {"momentum"}
 
-    def faults(self, config: Config) -> Faults:
+    def faults(self, setup: Setup) -> Faults:
         """See `Method`."""
         return [
-            *super().faults(config),
+            *super().faults(setup),
             (
-                config.optim.momentum == 0.0,
+                setup.momentum == 0.0,
                 "method.name = msam perturbs along the momentum: give optim.momentum > 0",
             ),
         ]

@@ -6,18 +6,15 @@ mean over all samples at w in it, so that few kept samples steer, and none is lo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from esam_dist.methods.directions import Directed
-from esam_dist.methods.method import Faults
+from esam_dist.methods.method import Faults, Setup
 from esam_dist.schedule import Schedule
 from esam_dist.section import Share
 from esam_dist.step import Step
 from esam_dist.step.score import Score
 from esam_dist.step.selection import num_kept
-
-if TYPE_CHECKING:
-    from esam_dist.config import Config
 
 
 class Recycled(Directed):
@@ -54,12 +51,12 @@ class Recycled(Directed):
         """See `Method`."""
         return super().needs() | {"mix"}
 
-    def faults(self, config: Config) -> Faults:
+    def faults(self, setup: Setup) -> Faults:
         """See `Method`."""
-        size = self.group_size or config.data.batch_size
+        size = self.group_size or setup.batch_size
         lone = self._lone_part(size)
         return [
-            *super().faults(config),
+            *super().faults(setup),
             (
                 self.exact and (self.score != "random" or self.scope != "rank"),
                 "method.exact = true chooses the samples before any pass: it needs method.score = random and "

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import nn
 
-from esam_dist.methods.method import Faults, Sharp
+from esam_dist.methods.method import Faults, Setup, Sharp
 from esam_dist.schedule import Schedule
 from esam_dist.section import NonNegative, Share
 from esam_dist.step import Moment, Step
 from esam_dist.step.choice import Choice, Sds
 from esam_dist.step.score import Head, Score
-
-if TYPE_CHECKING:
-    from esam_dist.config import Config
 
 
 class Selective(Sharp):
@@ -50,11 +47,11 @@ class Selective(Sharp):
         if self.score == "head":
             Head(module)
 
-    def faults(self, config: Config) -> Faults:
+    def faults(self, setup: Setup) -> Faults:
         """See `Method`."""
         factor, within = self.capacity_factor, self.scope == "rank"
         return [
-            *super().faults(config),
+            *super().faults(setup),
             (
                 self.transport == "thresholds" and within,
                 "method.transport = thresholds exchanges them between ranks: it needs method.scope = global",

@@ -91,7 +91,9 @@ def group(runs: list[Run]) -> list[Group]:
     found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         found.setdefault(tuple(sorted(_method(run).items())), []).append(run)
-    differing = {key for key in _keys(runs) if len({_method(run).get(key) for run in runs}) > 1}
+    methods = [_method(run) for run in runs]
+    # A key that only one method has tells nothing that its name does not.
+    differing = {key for key in _keys(runs) if len({method[key] for method in methods if key in method}) > 1}
     return [Group(_name(members, differing), members) for members in found.values()]
 
 
@@ -163,5 +165,6 @@ def _name(members: list[Run], differing: set[str]) -> str:
         return members[0].folder.name
     chosen = _method(members[0])
     words = [chosen.get("method.name", "?")] if "method.name" in differing else []
-    words += [f"{key.partition('.')[2]} {chosen.get(key, '-')}" for key in sorted(differing - {"method.name"})]
+    own = sorted(key for key in differing - {"method.name"} if key in chosen)
+    words += [f"{key.partition('.')[2]} {chosen[key]}" for key in own]
     return ", ".join(words)

@@ -6,7 +6,8 @@ import pytest
 
 from esam_dist import config
 from esam_dist.errors import UserError
-from esam_dist.metrics import Metrics, Standing
+from esam_dist.metrics import Metrics
+from esam_dist.progress import Progress
 from tests.commands import free_port
 
 
@@ -18,7 +19,7 @@ def build(folder, **cfg):
         local_rank=0,
         world_size=1,
         run_info={},
-        standing=Standing(planned_steps=100),
+        progress=Progress(planned_steps=100),
     )
 
 
