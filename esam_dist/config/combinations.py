@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from esam_dist import selection
+from esam_dist.config.secrets import looks_secret, shown
 from esam_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _metrics(config: Config) -> Faults:
         ),
         (
             bool(gateway) and not _is_http(gateway),
-            f"metrics.gateway = {gateway!r} is no address; give http://HOST:9091",
+            f"metrics.gateway = {shown(gateway)} is no address; give http://HOST:9091",
         ),
     ]
 
@@ -205,22 +206,10 @@ def _is_http(url: str) -> bool:
     return bool(plain) and port != 0 and parts.scheme in ("http", "https") and not parts.query
 
 
-VARIABLE = re.compile(r"\$\{\w+\}|\$\w+")
-SECRETS = (
-    r"://[^/@\s:]+@|://[^/@\s:]*:[^/@\s]+@",  # a user alone may be a token
-    r"[?&]sig=[^&\s]",
-    r"(?:signature|token|secret|password|passwd|credential|api[-_]?key|access[-_]?key|auth|authorization)"
-    r"(?:s|[-_]\w+)?['\"]?\s*[=:]\s*"
-    r"(?!(?:(?:basic|bearer|token)\b)?[\s'\"]*(?:[&'\"]|$))[^\s&]",
-    r"(?:^|\s)(?:-u|--user)[\s=]*['\"]?[^\s:'\"]*:[^\s'\"]",
-)
-
-
 def _stream(config: Config) -> Faults:
-    literal = VARIABLE.sub("", config.data.stream)
     # Not repeated either. This finds the usual forms, not every secret.
     reason = (
         "data.stream: holds what looks like a password, token or signature, which config.yaml and logs would keep; put "
         "it in an environment variable and write ${NAME} there (on a command line in single quotes)"
     )
-    return [(any(re.search(form, literal, re.IGNORECASE) for form in SECRETS), reason)]
+    return [(looks_secret(config.data.stream), reason)]
