@@ -24,6 +24,7 @@ FLOORS = [
         "swp",
         "batchnorm",
         "descent",
+        "averaging",
     },
     {"config", "models", "checkpoint", "score"},
     {"data", "metrics", "engine", "rule", "run_folder", "launch"},
