@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from esam_dist.schedule import Schedule
-
-
-def _scientific(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; a user means the number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _shares(schedule: Schedule) -> Schedule:
@@ -33,7 +25,7 @@ def _radii(schedule: Schedule) -> Schedule:
 
 
 Count = Annotated[int, Field(ge=1)]
-Real = Annotated[float, BeforeValidator(_scientific), Field(allow_inf_nan=False)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0.0)]
 NonNegative = Annotated[Real, Field(ge=0.0)]
 BelowOne = Annotated[Real, Field(ge=0.0, lt=1.0)]

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from esam_dist.config.secrets import looks_secret, shown
 from esam_dist.errors import UserError
 from esam_dist.methods import Faults, Setup
 from esam_dist.methods.needs import zero3_refusal
@@ -99,7 +100,7 @@ def _metrics(config: Config) -> Faults:
         ),
         (
             bool(gateway) and not _is_http(gateway),
-            f"metrics.gateway = {gateway!r} is no address; give http://HOST:9091",
+            f"metrics.gateway = {shown(gateway)} is no address; give http://HOST:9091",
         ),
     ]
 
@@ -114,22 +115,10 @@ def _is_http(url: str) -> bool:
     return bool(plain) and port != 0 and parts.scheme in ("http", "https") and not parts.query
 
 
-VARIABLE = re.compile(r"\$\{\w+\}|\$\w+")
-SECRETS = (
-    r"://[^/@\s:]+@|://[^/@\s:]*:[^/@\s]+@",  # a user alone may be a token
-    r"[?&]sig=[^&\s]",
-    r"(?:signature|token|secret|password|passwd|credential|api[-_]?key|access[-_]?key|auth|authorization)"
-    r"(?:s|[-_]\w+)?['\"]?\s*[=:]\s*"
-    r"(?!(?:(?:basic|bearer|token)\b)?[\s'\"]*(?:[&'\"]|$))[^\s&]",
-    r"(?:^|\s)(?:-u|--user)[\s=]*['\"]?[^\s:'\"]*:[^\s'\"]",
-)
-
-
 def _stream(config: Config) -> Faults:
-    literal = VARIABLE.sub("", config.data.stream)
     # Not repeated either. This finds the usual forms, not every secret.
     reason = (
         "data.stream: holds what looks like a password, token or signature, which config.yaml and logs would keep; put "
         "it in an environment variable and write ${NAME} there (on a command line in single quotes)"
     )
-    return [(any(re.search(form, literal, re.IGNORECASE) for form in SECRETS), reason)]
+    return [(looks_secret(config.data.stream), reason)]

@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from esam_dist.config import combinations
+from esam_dist.config import combinations, strict_yaml
+from esam_dist.config.secrets import shown, shown_override
 from esam_dist.config.sections import Config
-from esam_dist.errors import UserError
+from esam_dist.errors import UserError, printable
 from esam_dist.methods import METHODS
 
 logger = logging.getLogger(__name__)
@@ -24,16 +24,17 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 
     Raises UserError when the file cannot be read, an override has no such form, or a key or value is refused.
     """
+    source = f"config {printable(str(path))}"
     try:
-        values = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            content = file.read(strict_yaml.MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: is not YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{source}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    values = strict_yaml.parse(content, source)
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"config {path}: must hold sections such as 'train:', not {type(values).__name__}")
+        raise UserError(f"{source}: must hold sections such as 'train:', not {type(values).__name__}")
     before = _method_name(values)
     for override in overrides or []:
         _apply(values, override)
@@ -55,8 +56,8 @@ def parse(values: dict[str, Any], source: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML; `parse(yaml.safe_load(dump(c)))` equals `c`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved configuration as YAML, which `load` reads back."""
+    return strict_yaml.dump(config.model_dump(mode="json"))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -130,17 +131,16 @@ def _drop_foreign(values: dict[str, Any], path: str, overrides: list[str]) -> No
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
+    source = f"override {shown_override(override)}"
     if not equals or not dot or not section or not name or "." in name:
-        raise UserError(f"override {override!r}: must have the form section.key=value, such as train.epochs=5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+        raise UserError(f"{source}: must have the form section.key=value, such as train.epochs=5")
+    # What is no UTF-8 on the command line is none in these bytes either, and refused.
+    value = strict_yaml.parse(text.encode("utf-8", "surrogatepass"), source)
     current = values.setdefault(section, {})
     if current is None:
         current = values[section] = {}
     if not isinstance(current, dict):
-        raise UserError(f"override {override!r}: {section!r} is not a section in the file")
+        raise UserError(f"{source}: {section!r} is not a section in the file")
     current[name] = value
 
 
@@ -156,14 +156,12 @@ def _first_fault(error: ValidationError, source: str) -> str:
     if fault["type"] == "extra_forbidden":
         known = list(dict.fromkeys(key.name for key in keys())) if "." in where else list(Config.model_fields)
         near = difflib.get_close_matches(where, known, n=3, cutoff=0.5) or known[:3]
-        return f"{source}: unknown key {where!r}; did you mean {', '.join(near)}?"
+        return f"{source}: unknown key {shown(where)}; did you mean {', '.join(near)}?"
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = fault["input"].get("name") if isinstance(fault["input"], dict) else None
         near = difflib.get_close_matches(str(given), METHODS, n=1) or ["esam"]
-        return f"{source}: method.name = {given!r} is refused: give one of {', '.join(METHODS)}, such as {near[0]}"
-    value = fault["input"]
-    shown = repr(str(value) if isinstance(value, Path) else value)
-    return f"{source}: {where} = {shown[:80]} is refused: {fault['msg'].removeprefix('Value error, ')}"
+        return f"{source}: method.name = {shown(given)} is refused: give one of {', '.join(METHODS)}, such as {near[0]}"
+    return f"{source}: {where} = {shown(fault['input'])} is refused: {fault['msg'].removeprefix('Value error, ')}"
 
 
 REPLACED = {

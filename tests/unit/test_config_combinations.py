@@ -30,7 +30,10 @@ REFUSED = [
     ("optim.nesterov=true optim.momentum=0", "optim.nesterov = true | optim.momentum > 0 | false"),
     ("optim.nesterov=true optim.name=adamw", "optim.nesterov = true | optim.name = sgd"),
     ("optim.schedule=step", "optim.schedule = step | optim.step_epochs | [30, 60, 80]"),
-    (f"{RECYCLED} method.exact=true method.score=loss method.scope=rank", "method.exact = true | method.score = random"),
+    (
+        f"{RECYCLED} method.exact=true method.score=loss method.scope=rank",
+        "method.exact = true | method.score = random",
+    ),
     (f"{RECYCLED} method.exact=true method.score=random", "method.exact = true | method.scope = rank"),
     (f"{EXACT} method.gamma=0.25 data.batch_size=4", "method.gamma = 0.25 | keep 1 of 4 | larger | exact = false"),
     (f"{EXACT} method.gamma=0.75 data.batch_size=4", "method.gamma = 0.75 | keep 3 of 4"),
@@ -49,7 +52,10 @@ REFUSED = [
     ("method.name=msam optim.momentum=0", "method.name = msam | optim.momentum > 0"),
     ("method.direction=momentum optim.momentum=0", "method.direction = momentum | optim.momentum > 0"),
     (f"{WHOLE} method.direction=average train.accumulate=2", "method.direction = average | train.accumulate = 1"),
-    (f"{RECYCLED} method.direction=residual method.scope=rank method.group_size=16", "residual | method.group_size = 0"),
+    (
+        f"{RECYCLED} method.direction=residual method.scope=rank method.group_size=16",
+        "residual | method.group_size = 0",
+    ),
     ("method.direction=residual", "method.direction = residual | method.beta = 1"),
     (f"{WHOLE} method.swp=suffix method.direction=average", "method.direction = average | method.swp = tensor"),
     *(

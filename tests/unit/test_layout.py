@@ -12,7 +12,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only from lower floors, files of one folder also from each other (docs/architecture.md).
 FLOORS = [
-    {"errors", "checksum", "clock", "schedule", "randomness", "progress"},
+    {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging"},
     {"ranks", "section"},
     {"step"},
     {"methods"},
@@ -33,7 +33,9 @@ def part(module):
 
 def floor(wanted):
     """The number of the floor on which a part stands; the package itself, which only names what it offers, is above."""
-    return len(FLOORS) if wanted == "" else next((number for number, parts in enumerate(FLOORS) if wanted in parts), None)
+    return (
+        len(FLOORS) if wanted == "" else next((number for number, parts in enumerate(FLOORS) if wanted in parts), None)
+    )
 
 
 def module_name(path):
