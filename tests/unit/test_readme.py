@@ -12,7 +12,7 @@ from esam_dist.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks/results"
+RESULTS = ROOT / "benchmarks/step_cost/results"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md")]
 
 
@@ -26,25 +26,28 @@ def keys():
 
 
 def costs():
-    """What a step of each mode costs, as `benchmarks/step_cost.py` has measured it."""
-    measured, few, before = measured_costs("cpu"), measured_costs("cpu_goals"), measured_costs("torch_2_15")
+    """What a step of each mode costs, as `benchmarks.step_cost` has measured it."""
+    measured, few, counts = (
+        measured_costs("summary_cpu"),
+        measured_costs("summary_cpu_goals"),
+        measured_costs("counts_cpu"),
+    )
     rows = [
-        "| mode | FLOPs / SGD | time / SGD | time, six modes | peak memory above SGD | ViT-S/16: FLOPs | time |",
-        "|---|---|---|---|---|---|---|",
+        "| mode | FLOPs / SGD | time / SGD | time, six modes | peak memory above SGD | ViT-S/16: FLOPs |",
+        "|---|---|---|---|---|---|",
     ]
     for (model, mode), row in measured.items():
         if model == "resnet50":
-            vit = before["vit_small", mode]
+            vit = [int(counts["vit_small", counted]["flops_per_sample"]) for counted in (mode, "sgd")]
             memory = f"{int(row['extra_memory_bytes']) / 2**20:+.0f} MiB"
-            other = f"{float(vit['flop_ratio']):.2f} | {float(vit['wall_median']):.2f}"
             times = f"{spread(row)} | {spread(few.get((model, mode)))}"
-            rows.append(f"| {mode} | {float(row['flop_ratio']):.2f} | {times} | {memory} | {other} |")
+            rows.append(f"| {mode} | {float(row['flop_ratio']):.2f} | {times} | {memory} | {vit[0] / vit[1]:.2f} |")
     return "\n".join(rows) + "\n"
 
 
 def measured_costs(name):
     """The results called `name`, by network and mode."""
-    with (RESULTS / f"step_cost_{name}.csv").open(newline="") as file:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
         return {(row["model"], row["mode"]): row for row in csv.DictReader(file)}
 
 

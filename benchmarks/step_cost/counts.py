@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.flop_counter import flop_counter
-from benchmarks.live_bytes import LiveBytes
-from benchmarks.step_cost_bench import Bench, seeds
-from benchmarks.step_cost_modes import MODES, Model
+from benchmarks.step_cost.bench import Bench, seeds
+from benchmarks.step_cost.modes import MODES, Model
+from counters.flops import flop_counter
+from counters.live_bytes import LiveBytes
 from esam_dist.randomness import seed_step
 from esam_dist.ranks import Ranks
 
@@ -67,8 +67,7 @@ def count_traffic(model: Model, options: argparse.Namespace, device: torch.devic
     with pretended_ranks(device) as ranks:
         bench = Bench(model, options, 4, ranks)
         gradient = bench.count_buckets()
-        for _ in range(2):  # after its first step DDP forms its buckets anew, and tells the other ranks
-            bench.step("sgd", 0)
+        bench.step("sgd", 0)  # after its first step DDP forms its buckets anew, and tells the other ranks
         for mode in modes:
             if mode == "looksam, step between":
                 bench.step("looksam, perturbed step", 0)

@@ -1,4 +1,4 @@
-"""What benchmarks/step_cost.py compares: every method and mode, and on which networks."""
+"""What is compared: every method and mode, and on which networks."""
 
 from __future__ import annotations
 
