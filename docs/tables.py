@@ -38,17 +38,24 @@ def keys() -> str:
 
 def costs() -> str:
     """What a step of each mode costs, as `benchmarks.step_cost` has measured it."""
-    measured, few, counts = results("summary_cpu"), results("summary_cpu_goals"), results("counts_cpu")
+    measured, few, kept = (results(f"summary_{name}") for name in ("cpu", "cpu_goals", "cpu_kept_memory"))
+    counts = results("counts_cpu")
     rows = []
     for (model, mode), row in measured.items():
         vit = [int(counts["vit_small", counted]["flops_per_sample"]) for counted in (mode, "sgd")]
-        times = [time(row), time(few.get((model, mode)))]
+        times = [time(row), time(few.get((model, mode))), time(kept.get((model, mode)))]
         rows.append([mode, ratio(row), *times, memory(row), f"{vit[0] / vit[1]:.2f}"])
-    names = ["mode", "FLOPs / SGD", "time / SGD", "time, six modes", "peak memory above SGD", "ViT-S/16: FLOPs"]
-    return table(names, rows)
+    times = ["all modes in turn", "six modes in turn", "six, freed memory kept"]
+    return table(["mode", "FLOPs", *times, "peak memory above SGD", "ViT-S/16: FLOPs"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"keys": keys, "costs": costs}
+def summary() -> str:
+    """The modes that matter most, in few columns."""
+    rows = [[mode, ratio(row), time(row), memory(row)] for (_, mode), row in results("summary_cpu_goals").items()]
+    return table(["mode", "FLOPs", "time", "peak memory above SGD"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"keys": keys, "costs": costs, "summary": summary}
 
 
 def results(name: str) -> Rows:
