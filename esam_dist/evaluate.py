@@ -1,4 +1,4 @@
-"""Validation over all ranks, counted exactly: every sample once, whatever the number of ranks."""
+"""Validation over all ranks: every sample is counted exactly once, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def evaluate(
     """Score `module` in evaluation mode. Called by all ranks together; each reads its share; all get the result.
 
     Ranks may hold unequal numbers of batches: the only collective is the sum at the end. `in_step` is for a module
-    whose forward pass is itself a collective (ZeRO 3): a rank that has no batch left passes an empty one along.
-    `beat` is called after every batch: a sign of life. Raises UserError, on all ranks, when no sample could be read.
+    whose forward pass is itself a collective (ZeRO 3): a rank that has no batch left then takes part with an empty one.
+    `beat` is called after every batch, as a sign of life. Raises UserError, on all ranks, when no sample could be read.
     """
     was_training = module.training
     module.eval()
@@ -60,7 +60,7 @@ def evaluate(
 
 
 def _in_step(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
-    """The rank's batches, and after them, while any rank has one, a single black image that counts for nothing."""
+    """The rank's batches, then, while any rank still has one, a single black image that is not counted."""
     empty: Batch | None = None
     while True:
         batch = next(batches, None)

@@ -28,21 +28,21 @@ class Perturbation(NamedTuple):
 def radius(rho: float, beta: float, scale: str) -> float:
     """The norm of the perturbation when a share `beta` of the weights is perturbed.
 
-    `none`: rho, whatever beta. `paper`: rho / sqrt(beta), the expected norm under the ESAM paper's equation 7, which
-    divides the kept components by beta. `released`: rho / beta, as the authors' code has it.
+    `none`: rho, whatever beta is. `paper`: rho / sqrt(beta), the expected norm under the ESAM paper's equation 7,
+    which divides the kept components by beta. `released`: rho / beta, as in the authors' code.
     """
     return rho / {"none": 1.0, "paper": math.sqrt(beta), "released": beta}[scale]
 
 
 def none(device: torch.device) -> Perturbation:
-    """No perturbation, where none of the drawn weights had a part in the pass."""
+    """No perturbation, for a pass in which none of the drawn weights took part."""
     return Perturbation([], [], torch.zeros((), device=device), torch.ones((), dtype=torch.bool, device=device))
 
 
 def owned(grads: Sequence[Tensor]) -> list[Tensor]:
-    """`grads`, each in memory of its own, to be written to.
+    """`grads`, each in memory of its own, so that it can be written to.
 
-    Autograd gives one tensor to two weights that are added, and one number, expanded, to weights that are summed.
+    Autograd may share memory: weights that are added get one tensor, weights that are summed get one expanded number.
     """
     taken: set[int] = set()
     own = []
@@ -54,7 +54,7 @@ def owned(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def along(params: list[nn.Parameter], directions: list[Tensor], norm: float) -> Perturbation:
-    """`norm * d / ||d||` (SAM equation 2, for d the gradient). `directions` is taken over, and cleared of nan."""
+    """`norm * d / ||d||` (SAM equation 2, for d the gradient). `directions` is overwritten: nan in it becomes 0."""
     return _scaled(params, directions, norm, torch.nn.utils.get_total_norm(directions))
 
 
@@ -62,7 +62,7 @@ def along_adaptive(params: list[nn.Parameter], grads: list[Tensor], norm: float,
     """ASAM (Kwon et al. 2021, arXiv 2102.11600, equation 7): `norm * T^2 g / ||T g||` with `T = |w| + eta`.
 
     The ball is measured in units of each weight's own size, so it does not change when a layer is rescaled.
-    `grads` is taken over.
+    `grads` is overwritten.
     """
     sizes = torch._foreach_abs([param.detach() for param in params])
     torch._foreach_add_(sizes, eta)
@@ -80,16 +80,16 @@ def _scaled(params: list[nn.Parameter], directions: list[Tensor], norm: float, n
 
 
 def clear(grads: list[Tensor]) -> None:
-    """Set what is not finite to 0, in place: 0 * nan is nan, so that no factor could keep it from the weights."""
+    """Set what is not finite to 0, in place. A factor of 0 could not keep it from the weights: 0 * nan is nan."""
     for grad in grads:
         grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @contextmanager
 def perturbed(perturbation: Perturbation, *, keep_directions: bool = False) -> Iterator[None]:
-    """Add the perturbation in place; on leaving, also by an exception, restore the weights to the bit.
+    """Add the perturbation in place. On leaving, also by an exception, restore the weights to the bit.
 
-    Unless `keep_directions`, the directions' own memory holds the unperturbed weights meanwhile, so that nothing
+    Unless `keep_directions` is set, the directions' own memory holds the unperturbed weights meanwhile, so nothing
     besides the gradient stays allocated. The storage of the parameters never changes: DDP's buckets, DeepSpeed's
     flat buffers and CUDA graphs stay valid.
     """

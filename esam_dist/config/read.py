@@ -17,7 +17,7 @@ from esam_dist.errors import UserError
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Read `path` (YAML), apply `section.key=value` overrides in order, and check every value.
 
-    Raises UserError when the file cannot be read, an override has no such form, or a key or value is refused.
+    Raises UserError when the file cannot be read, an override has another form, or a key or value is refused.
     """
     try:
         values = yaml.safe_load(path.read_text())

@@ -1,4 +1,4 @@
-"""Every sink of one rank behind one object: the loop reports once, this passes it on."""
+"""Every sink of one rank behind one object: the loop reports once, and this passes it on."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from esam_dist.metrics.rows import Standing, TrainRow, ValidationRow
 log = logging.getLogger("esam_dist")
 
 PUSHED_JOB = "esam_pushed"
-"""The label `job` of pushed values, by which rules leave them out: a gateway shows them for ever."""
+"""The label `job` of pushed values. Rules leave it out, because a gateway shows pushed values for ever."""
 
 
 class Metrics:
     """Every sink of one rank: Prometheus on each rank; metrics.jsonl, TensorBoard and the console on rank 0.
 
-    `standing` is where the run stands; ranks other than 0 get to know it when they have met, and then call `take_up`.
+    `standing` is where the run stands. Other ranks than 0 learn it when the ranks have met, and then call `take_up`.
     Raises UserError when the endpoint's address is taken or TensorBoard is missing.
     """
 
@@ -89,7 +89,7 @@ class Metrics:
             self._console.progress(steps)
 
     def heartbeat(self) -> None:
-        """Say that something other than an update moved on, such as a validation batch, so that it is no stall."""
+        """Report progress other than an update, such as a validation batch, so that it does not count as a stall."""
         self.pulse.beat()
 
     def checkpoint_saved(self, step: int, seconds: float) -> None:
@@ -103,7 +103,7 @@ class Metrics:
             self._console.checkpoint(step, seconds)
 
     def close(self) -> None:
-        """Push the final values where `metrics.gateway` says so, and close every sink, whatever another one raises."""
+        """Push the final values to `metrics.gateway`, if set, and close every sink, whatever another one raises."""
         with ExitStack() as stack:
             for sink in (self._server, self._console, self._board, self._lines):
                 if sink:
@@ -125,5 +125,5 @@ class Metrics:
         try:
             push_to_gateway(gateway, job=PUSHED_JOB, grouping_key=group, registry=self.registry, timeout=10)
         except (OSError, HTTPException, ValueError) as error:
-            # A run that trained for days does not fail because nobody listens.
+            # A run that trained for days must not fail because no gateway listens.
             log.warning("metrics.gateway = %s: the final values were not taken (%s)", gateway, error)
