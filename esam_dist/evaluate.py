@@ -14,7 +14,7 @@ from esam_dist.errors import UserError
 from esam_dist.ranks import Ranks
 
 
-class Score(NamedTuple):
+class Evaluation(NamedTuple):
     """How well a model does on a validation set."""
 
     accuracy: float
@@ -35,8 +35,8 @@ def evaluate(
     *,
     in_step: bool = False,
     beat: Callable[[], None] = lambda: None,
-) -> Score:
-    """Score `module` in evaluation mode. Called by all ranks together; each reads its share; all get the result.
+) -> Evaluation:
+    """Evaluate `module` in evaluation mode. All ranks call it together; each reads its share; all get the result.
 
     Ranks may hold unequal numbers of batches: the only collective is the sum at the end. `in_step` is for a module
     whose forward pass is itself a collective (ZeRO 3): a rank that has no batch left then takes part with an empty one.
@@ -56,7 +56,7 @@ def evaluate(
     first, top5, loss_sum, num_samples = ranks.sum_(totals).tolist()
     if not num_samples:
         raise UserError("data.path: not one sample of the validation set can be read; prepare the data again")
-    return Score(first / num_samples, top5 / num_samples, loss_sum / num_samples, int(num_samples))
+    return Evaluation(first / num_samples, top5 / num_samples, loss_sum / num_samples, int(num_samples))
 
 
 def _in_step(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
