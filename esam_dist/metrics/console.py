@@ -19,7 +19,7 @@ def wants_bar(progress: str) -> bool:
     return progress == "bar" or (progress == "auto" and sys.stderr.isatty())
 
 
-class Lines:
+class LogLines:
     """One log line per row."""
 
     def __init__(self, total_steps: int) -> None:
@@ -44,7 +44,7 @@ class Lines:
         """Do nothing: there is nothing to close."""
 
 
-class Bar:
+class ProgressBar:
     """A tqdm bar followed by the newest values; validations stay on the screen."""
 
     def __init__(self, total_steps: int) -> None:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from esam_dist import config
 from esam_dist.metrics import jsonl
 from esam_dist.metrics.board import TensorBoard
-from esam_dist.metrics.console import Bar, Lines, wants_bar
+from esam_dist.metrics.console import LogLines, ProgressBar, wants_bar
 from esam_dist.metrics.health import Pulse, Server
 from esam_dist.metrics.prometheus import Exposition
 from esam_dist.metrics.rows import Standing, TrainRow, ValidationRow
@@ -53,11 +53,11 @@ class Metrics:
         self.pulse = Pulse(cfg.stall_seconds)
         self._server = Server(self.registry, self.pulse, cfg.bind, cfg.port + local_rank) if cfg.port else None
         self._board = TensorBoard(folder) if cfg.tensorboard and rank == 0 else None
-        self._lines = jsonl.JsonLines(folder) if rank == 0 else None
-        self._console: Bar | Lines | None = None
+        self._rows = jsonl.JsonLines(folder) if rank == 0 else None
+        self._console: ProgressBar | LogLines | None = None
         if rank == 0 and standing is not None:
             total = standing.planned_steps
-            self._console = Bar(total) if wants_bar(cfg.progress) else Lines(total)
+            self._console = ProgressBar(total) if wants_bar(cfg.progress) else LogLines(total)
 
     def take_up(self, standing: Standing) -> None:
         """Show where the run stands, before the first update of this process."""
@@ -105,16 +105,16 @@ class Metrics:
     def close(self) -> None:
         """Push the final values to `metrics.gateway`, if set, and close every sink, whatever another one raises."""
         with ExitStack() as stack:
-            for sink in (self._server, self._console, self._board, self._lines):
+            for sink in (self._server, self._console, self._board, self._rows):
                 if sink:
                     stack.callback(sink.close)
-            self._lines = self._board = self._console = self._server = None
+            self._rows = self._board = self._console = self._server = None
             if self._cfg.gateway:
                 self._push(self._cfg.gateway)
 
     def _write(self, kind: str, values: dict[str, object]) -> None:
-        if self._lines:
-            self._lines.write(kind, values)
+        if self._rows:
+            self._rows.write(kind, values)
         if self._board:
             self._board.write(kind, values)
 
