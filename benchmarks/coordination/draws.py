@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 NUM_RANKS = [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 
 Row = dict[str, str | int | float]
-Draw = Callable[[int, int], Tensor]
+Distribution = Callable[[int, int], Tensor]
 
 
 def mixture(W: int, B: int, tau: float, saturated: float = 0.0) -> Tensor:
@@ -41,7 +41,7 @@ def digits(W: int, B: int, shards: str) -> Tensor:
     return drawn * (1.0 + 0.01 * torch.randn(W, B))
 
 
-SCORES: dict[str, Draw] = {
+SCORES: dict[str, Distribution] = {
     "alike ranks": partial(mixture, tau=0.0),
     "rank effect 0.5": partial(mixture, tau=0.5),
     "rank effect 1": partial(mixture, tau=1.0),
