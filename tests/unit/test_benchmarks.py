@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import csv
+import importlib.util
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from benchmarks.coordination.rules import (
     quantiles_of_ranks,
 )
 from benchmarks.step_cost.report import summarise, to_sgd
+from docs.tables import pages
 from esam_dist import selection
 from tests.scores import FRACTIONS, above_threshold, capacities, some, tables
 
@@ -53,6 +56,13 @@ def reaches(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(BENCHMARKS)))
 def test_a_benchmark_uses_only_what_the_package_offers(path: Path) -> None:
     assert list(reaches(ast.parse(path.read_text()))) == []
+
+
+def test_every_benchmark_that_the_pages_name_is_there() -> None:
+    texts = [path.read_text() for path in [*pages(), *SOURCES]]
+    named = set(re.findall(r"python -m (benchmarks[\w.]*\w)", "\n".join(texts)))
+    assert "benchmarks.step_cost.phases" in named
+    assert [name for name in sorted(named) if importlib.util.find_spec(name) is None] == []
 
 
 def test_every_result_lies_beside_the_benchmark_that_wrote_it() -> None:

@@ -11,17 +11,17 @@ from esam_dist import config
 from esam_dist.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
 PAGES = tables.pages()
 
 
 def commands():
-    """Every `esam-dist ...` and `-m esam_dist ...` in the README's blocks, as arguments."""
-    for block in re.findall(r"^```\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE):
+    """Every `esam-dist ...` and `-m esam_dist ...` in the blocks of the pages, as arguments."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             _, found, arguments = re.sub(r"(-m|--module) esam_dist ", "esam-dist ", line).partition("esam-dist ")
             if found:
-                yield shlex.split(arguments, comments=True)
+                yield shlex.split(re.split(r" [|>] ", arguments)[0], comments=True)
 
 
 def anchors(page):
@@ -41,7 +41,7 @@ def test_every_table_has_one_place():
 
 
 @pytest.mark.parametrize("arguments", list(commands()), ids=" ".join)
-def test_every_command_of_the_readme_is_understood(arguments):
+def test_every_command_of_the_pages_is_understood(arguments):
     args = _parser().parse_args(arguments)
     if arguments[0] == "train":
         config.load(ROOT / args.config, args.overrides)
