@@ -1,6 +1,7 @@
-"""Who this process is in the job, and every collective that is ours.
+"""Which process of the job this is, and all our own collectives.
 
-The gradient's all-reduce belongs to DDP or DeepSpeed; what stands here is small: scores, statistics, BatchNorm buffers.
+The gradient's all-reduce belongs to DDP or DeepSpeed. What is exchanged here is small: scores, statistics, BatchNorm
+buffers.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class PendingMean:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world_size`, the `local_rank`-th on its node, computing on `device`."""
+    """This process among all: rank `rank` of `world_size`, number `local_rank` on its node, computing on `device`."""
 
     rank: int = 0
     local_rank: int = 0
@@ -63,7 +64,7 @@ class Ranks:
 
     @staticmethod
     def from_environment() -> Ranks:
-        """Read what torchrun or deepspeed set (RANK, LOCAL_RANK, WORLD_SIZE); without them, one process alone."""
+        """Read RANK, LOCAL_RANK and WORLD_SIZE, set by torchrun or deepspeed; without them this is the only process."""
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         return Ranks(int(os.environ.get("RANK", "0")), local_rank, int(os.environ.get("WORLD_SIZE", "1")), device)
@@ -84,7 +85,7 @@ class Ranks:
         """Begin to collect every rank's `tensor`: `wait` returns [W, *tensor.shape], in the order of ranks."""
         if self.world_size == 1:
             return Pending(tensor.unsqueeze(0), None)
-        # Flat: gloo takes the concatenated form only, nccl either.
+        # Flat, because gloo takes only the concatenated form; nccl takes either.
         gathered = tensor.new_empty(self.world_size * tensor.numel())
         work = dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), async_op=True)
         return Pending(gathered.view(self.world_size, *tensor.shape), work)
@@ -137,7 +138,7 @@ class Ranks:
     def average_buffers(self, module: nn.Module) -> None:
         """Replace every floating-point buffer (BatchNorm statistics) by its mean over ranks, in one all-reduce.
 
-        Each rank's running statistics come from its own batches. Done after every update, this keeps replicas
+        Each rank's running statistics come from its own batches. Averaging them after every update keeps replicas
         identical to the bit, so that validation and checkpoints do not depend on which rank is asked.
         """
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
@@ -146,8 +147,8 @@ class Ranks:
 
 
 def limit_group(group: dist.ProcessGroup, timeout_seconds: float) -> None:
-    """Let collectives of `group`, which someone else made, fail after `timeout_seconds`."""
-    # public, and warning about the other name, only in recent versions
+    """Let collectives of `group`, which another library made, fail after `timeout_seconds`."""
+    # Recent versions have the public name, and warn about the other one.
     name = "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout"
     getattr(dist.distributed_c10d, name)(timedelta(seconds=timeout_seconds), group)
 
@@ -156,9 +157,9 @@ def limit_group(group: dist.ProcessGroup, timeout_seconds: float) -> None:
 def joined(timeout_seconds: float) -> Iterator[Ranks]:
     """Join the job that the environment describes, for the length of the block, and leave it in order.
 
-    Whoever waits longer than `timeout_seconds` for the others, here or in any collective of the block, fails.
-    On an error the process group is not torn down: its peers may be waiting in a collective, and the launcher ends
-    them sooner than an orderly farewell would.
+    A rank that waits longer than `timeout_seconds` for the others, here or in any collective of the block, fails.
+    On an error the process group is not torn down. Its peers may be waiting in a collective, and the launcher ends
+    them sooner than an orderly end would.
     """
     ranks = Ranks.from_environment()
     if ranks.device.type == "cuda":

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Read `path` (YAML), apply `section.key=value` overrides in order, and check every value.
 
-    Raises UserError when the file cannot be read, an override has no such form, or a key or value is refused.
+    Raises UserError when the file cannot be read, an override has another form, or a key or value is refused.
     """
     source = f"config {printable(str(path))}"
     try:

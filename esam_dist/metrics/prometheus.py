@@ -1,9 +1,10 @@
 """The Prometheus side: names, help texts, and the values of one rank.
 
 A gauge that has no value yet is absent, not 0: an alert on a missing loss is honest, one on a loss of 0 is not.
-Counters start at 0 in every process, as Prometheus expects, with every label value that they can have: it sees no rise
-in a series that begins. Those of the run's history count over its processes, and are absent on a rank that does not
-know it yet: 0 would look like a rise by all of it.
+
+Counters start at 0 in every process, as Prometheus expects, with every label value that they can have, because
+Prometheus sees no rise in a series that only begins. Counters of the run's history count over all its processes. They
+are absent on a rank that does not know the history yet, because a start at 0 would look like a rise by all of it.
 """
 
 from __future__ import annotations
@@ -97,14 +98,14 @@ class Exposition(Collector):
         registry.register(self)
 
     def set(self, name: str, value: float | None) -> None:
-        """Set the gauge `name`; None takes it away, and so does nan where it says "not measured"."""
+        """Set the gauge `name`; None removes it, and so does nan where it means "not measured"."""
         if value is None or (name in OPTIONAL and math.isnan(value)):
             self._values.pop(name, None)
         else:
             self._values[name] = value
 
     def get(self, name: str) -> float | None:
-        """The gauge's value, None where it has none."""
+        """The gauge's value, or None where it has none."""
         return self._values.get(name)
 
     def take_up(self, progress: Progress) -> None:
@@ -116,7 +117,7 @@ class Exposition(Collector):
         self.set("esam_loss_not_finite_total", progress.not_finite)
 
     def train(self, row: TrainRow) -> None:
-        """Take over one log interval."""
+        """Add one log interval."""
         for name, value in _gauges(row).items():
             self.set(name, value)
         if not math.isfinite(row.loss):
@@ -132,7 +133,7 @@ class Exposition(Collector):
                 self.observe(phase, value)
 
     def validation(self, row: ValidationRow) -> None:
-        """Take over one validation."""
+        """Add one validation."""
         self.set("esam_validation_accuracy", row.accuracy)
         self.set("esam_validation_top5_accuracy", row.top5_accuracy)
         self.set("esam_validation_loss", row.loss)
@@ -165,7 +166,7 @@ class Exposition(Collector):
                 yield CounterMetricFamily(name, text, value=value)
 
     def describe(self) -> Iterable[Metric]:
-        """Yield all of these, so that the registry refuses a second metric of the same name."""
+        """Yield all of them without values, so that the registry refuses a second metric of the same name."""
         for name, text in (GAUGES | RANK_GAUGES).items():
             yield GaugeMetricFamily(name, text)
         for name, text in HISTORY.items():

@@ -1,4 +1,4 @@
-"""What the loop reports, as plain values: every one is already on the host."""
+"""What the loop reports, as plain values that are already on the host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One log interval. Without another word a value is the mean of the interval over all ranks."""
+    """One log interval. Unless a field says otherwise, it is the mean over the interval and over all ranks."""
 
     step: int
     """Updates finished, counted from the beginning of the run."""
@@ -19,7 +19,7 @@ class TrainRow:
     """Rise of the loss at the perturbed weights; None where the method does not measure it."""
     kept_fraction: float
     images_per_second: float
-    """Of all ranks together."""
+    """All ranks together."""
     step_seconds: float
     data_wait_seconds: float
     """Per step: time in which a rank had no batch."""

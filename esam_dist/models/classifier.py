@@ -11,7 +11,7 @@ AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Classifier(nn.Module):
     """A network whose forward passes run under autocast: images [B, 3, H, W] to logits [B, K] in float32.
 
-    Weights stay in float32 whatever `precision`: in bfloat16 most of them could not hold a perturbation of size rho.
+    Weights stay in float32 whatever `precision` is: in bfloat16 most could not represent a perturbation of size rho.
     """
 
     def __init__(self, network: nn.Module, precision: str = "fp32", *, channels_last: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Runs as read from their folders, and groups of runs that differ in their seed alone."""
+"""Runs as read from their folders, and groups of runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esam_dist.errors import UserError
 from esam_dist.metrics import jsonl
 
 Row = dict[str, Any]
-NOT_THE_METHOD = ("run.", "metrics.", "checkpoint.")  # keys that tell a run's place, not what it learns
+NOT_THE_METHOD = ("run.", "metrics.", "checkpoint.")  # keys that say where a run writes, not what it learns
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Run:
 
     @property
     def hours(self) -> float:
-        """Time of the training steps; without validation and checkpoints, which depend on the machine more."""
+        """Time of the training steps, without validation and checkpoints, which depend more on the machine."""
         steps = np.diff([0, *(row["step"] for row in self.train)])
         return float(sum(n * (row.get("step_seconds") or 0.0) for n, row in zip(steps, self.train, strict=True))) / 3600
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone, under the name that tells them from the other groups."""
+    """Runs that differ only in their seed, under a name that distinguishes them from the other groups."""
 
     name: str
     runs: list[Run]
@@ -114,7 +114,7 @@ def curve(members: Group, rows: str, key: str) -> Curve:
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half width of its 95% confidence interval by Student's t.
 
-    The half width is nan for fewer than three values: for two it is nine times their distance, which says nothing.
+    The half width is nan for fewer than three values. For two it would be nine times their distance: no use.
     """
     mean = sum(values) / len(values) if values else math.nan
     if len(values) < 3:

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, moved once per update, at the unperturbed weights, whatever passes it makes."""
+"""BatchNorm's running statistics: they move once per update, at the unperturbed weights, whatever passes it makes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
     """Forward passes inside the block leave BatchNorm's running statistics alone, and still normalise by the batch.
 
-    Detaching the statistics is exact even for a batch that is not finite, where a momentum of 0 would multiply 0
-    by nan.
+    A momentum of 0 would not do: for a batch that is not finite it multiplies 0 by nan.
     """
     norms = [
         child
@@ -31,8 +30,10 @@ def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
 
 
 class GroupStatistics:
-    """Running statistics of groups that share an update as if each were on a rank of its own: from the same start,
-    then averaged. So they do not depend on how the groups are spread over ranks.
+    """Running statistics of groups that share an update, as if each group were on a rank of its own.
+
+    Every group begins at the same start, and the ends are averaged. So the statistics do not depend on how the groups
+    are spread over ranks.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -41,12 +42,12 @@ class GroupStatistics:
         self._ends: list[list[Tensor]] = []
 
     def end_group(self) -> None:
-        """Take note of the statistics after one group, and return to the start for the next."""
+        """Note the statistics after one group, and return to the start for the next."""
         self._ends.append([buffer.clone() for buffer in self._buffers])
         for buffer, start in zip(self._buffers, self._start, strict=True):
             buffer.copy_(start)
 
     def finish(self) -> None:
-        """Set the statistics to the mean over the groups; a count of batches to what one group would have made it."""
+        """Set the statistics to the mean over the groups, and a count of batches to that of a single group."""
         for buffer, *ends in zip(self._buffers, *self._ends, strict=True):
             buffer.copy_(torch.stack(ends).mean(0) if buffer.is_floating_point() else ends[0])

@@ -1,9 +1,9 @@
-"""Which samples the descent keeps (SDS, section 3.3 of the ESAM paper): pure tensors in, mask out.
+"""Which samples the descent keeps (SDS, section 3.3 of the ESAM paper): tensors in, a mask out.
 
 Two transports carry a choice among all ranks' samples. `scores`: every rank gathers every score, and `select` is
 exact. `thresholds`: every rank gathers a fixed number of each rank's `quantiles`, derives one `shared_threshold` from
-them, and keeps its own samples at or above it (`select_above`). Nothing here communicates, or asks the device for a
-number.
+them, and keeps its own samples at or above it (`select_above`). Nothing here communicates, or waits for the
+device.
 
 Shapes: W ranks, B samples per rank, Q quantiles per rank.
 """
@@ -25,8 +25,8 @@ def num_kept(fraction: float, num_samples: int, at_least: int = 1, at_most: int 
 def capacity(fraction: float, num_samples: int, factor: float) -> int:
     """The most that one rank may keep of its `num_samples`: `factor` times its even share, rounded up, at least one.
 
-    As in mixture-of-experts routing (GShard, arXiv 2006.16668, section 2.2). Raises ValueError for a factor below 1,
-    with which the ranks together could not keep the share `fraction`.
+    As in mixture-of-experts routing (GShard, arXiv 2006.16668, section 2.2). Raises ValueError for a factor below 1:
+    the ranks together could not keep the share `fraction` then.
     """
     if not factor >= 1.0:
         raise ValueError(f"capacity factor {factor} is below 1: full ranks could not keep {fraction} of a batch")
@@ -42,9 +42,9 @@ def select(scores_WB: Tensor, fraction: float, capacity: int | None = None) -> T
     dropped: the next best samples of ranks with room take its place. No other choice within the same bounds keeps a
     larger sum of scores, and the total depends on the shapes alone, so every rank knows it without counting.
 
-    Equal scores are kept in the order of their place in their rank's own ranking (equal ones there: as they lie in
-    the batch), then of rank: every rank that sees the same scores comes to the same answer, and where many samples
-    tie, as losses do that have reached zero, the ranks share them evenly.
+    Equal scores are kept in the order of their place in their rank's own ranking, then of rank; within a rank, in the
+    order of the batch. So every rank that sees the same scores comes to the same answer. Where many samples tie, as
+    losses of exactly zero do, the ranks share them evenly.
     """
     W, B = scores_WB.shape
     limit = _limit(B, capacity)
@@ -65,8 +65,8 @@ def threshold(scores_WB: Tensor, kept_WB: Tensor) -> Tensor:
 def quantiles(score_B: Tensor, num_quantiles: int, capacity: int | None = None) -> Tensor:
     """What one rank tells the others about its scores: float64 [Q], `8 * num_quantiles` bytes whatever B is.
 
-    They are the scores at Q evenly spaced places of the rank's ranking, down to `capacity` (to B, if None): below it
-    nothing is kept, so nothing need be known. The very best is left out as well, for it is kept in any case.
+    They are the scores at Q evenly spaced places of the rank's ranking, down to `capacity` (to B, if None). Below it
+    nothing is kept, so nothing need be known. The best score is left out too, because it is kept in any case.
     """
     place_Q = _places(_limit(len(score_B), capacity), num_quantiles, score_B.device)[1:-1]
     return _distinct(score_B).sort(descending=True).values[place_Q]
@@ -81,10 +81,11 @@ def shared_threshold(quantiles_WQ: Tensor, fraction: float, num_samples: int, ca
         n <= (W * (g - 1) + j) / 2,    g = ceil(capacity / (Q + 1))
 
     is the gap between places, and j is g where no two ranks hold equal scores and W * g in general; so n < W * g.
-    For of its samples after the best, a rank with q quantiles at or above a value has there at least as many as the
-    q-th one's place says, and fewer than the next one's: the middle is wrong by (g - 1) / 2 at most. From one value to
-    the next the estimate of all ranks moves by j at most, and the nearer end is taken. With Q >= capacity - 1 and no
-    equal scores among ranks, n is 0. Random errors cancel over ranks: docs/coordination.md has what remains.
+    The reason: take a rank with q quantiles at or above a value. Of its samples after the best, at least as many lie
+    there as the q-th quantile's place says, and fewer than the next one's says; so the middle is wrong by (g - 1) / 2
+    at most. From one value to the next the estimate of all ranks moves by j at most, and the nearer end is taken. With
+    Q >= capacity - 1 and no equal scores among ranks, n is 0. Random errors cancel over ranks; docs/coordination.md
+    has what remains.
     """
     W, Q = quantiles_WQ.shape
     limit = _limit(num_samples, capacity)
@@ -94,7 +95,8 @@ def shared_threshold(quantiles_WQ: Tensor, fraction: float, num_samples: int, ca
     # Twice the estimate, to keep to whole numbers. Equal values stand or fall together.
     double = (places[2:] - places[:-2]).repeat(W)[order].cumsum(0) + W * (places[1] - 1)
     double = double[torch.searchsorted(-value, -value, right=True) - 1]
-    # All and nothing, too: all half a sample beyond the lowest value's estimate, which else it would always displace.
+    # Keeping all or none is possible too. All lies half a sample beyond the lowest value's estimate; else it would
+    # always displace that one.
     most, least = W * (places[-2:].sum() - 1) + 1, W * (places[1] - 1)
     values = torch.cat([value.new_full((1,), -torch.inf), value, value.new_full((1,), torch.inf)])
     error = (torch.cat([most.view(1), double, least.view(1)]) - 2 * wanted).abs()
@@ -104,8 +106,8 @@ def shared_threshold(quantiles_WQ: Tensor, fraction: float, num_samples: int, ca
 def select_above(score_B: Tensor, threshold: Tensor, capacity: int | None = None) -> Tensor:
     """Keep this rank's samples at or above the `shared_threshold`, the best one in any case: bool [B].
 
-    At most `capacity` of them, the best; NaN ranks last. Overflow is dropped here, but `shared_threshold` has not
-    counted on it: made with the same `capacity`, it already lies lower by what full ranks cannot take.
+    At most `capacity` of them are kept, the best; NaN ranks last. Overflow is dropped here, but `shared_threshold`
+    does not count it: made with the same `capacity`, it already lies lower by what full ranks cannot take.
     """
     limit = _limit(len(score_B), capacity)
     ranked_B, order_B = _distinct(score_B).sort(descending=True)
@@ -122,7 +124,7 @@ def _limit(num_samples: int, capacity: int | None) -> int:
 
 
 def _places(limit: int, num_quantiles: int, device: torch.device) -> Tensor:
-    """Places 0 < p_1 <= .. <= p_Q < `limit` in a rank's ranking, whose best is place 0, with both ends: int [Q + 2]."""
+    """Places 0 < p_1 <= .. <= p_Q < `limit` in a rank's ranking, and both ends: int [Q + 2]. The best is place 0."""
     step = torch.arange(num_quantiles + 2, device=device) * limit
     place = -(-step).div(num_quantiles + 1, rounding_mode="floor")
     place[:-1].clamp_(max=limit - 1)
@@ -130,21 +132,21 @@ def _places(limit: int, num_quantiles: int, device: torch.device) -> Tensor:
 
 
 def _finite(scores: Tensor) -> Tensor:
-    """Scores with +inf and -inf at the ends of the finite range, so that +inf stays free, and NaN below them."""
+    """Scores with +inf and -inf moved to the ends of the finite range, so that +inf is free, and NaN below them."""
     limits = torch.finfo(scores.dtype)
     return scores.nan_to_num(nan=-torch.inf, posinf=limits.max, neginf=limits.min)
 
 
 def _distinct(score_B: Tensor) -> Tensor:
-    """Finite values in the order of `score_B` as float32, no two alike: float64 [B], NaN lowest.
+    """Finite values in the order of `score_B` as float32, no two equal: float64 [B], NaN lowest.
 
-    A float32 leaves the low 29 bits of a float64 at zero; the position goes there, so that of equal scores the first
-    in the batch ranks first. Else a threshold could not part equal scores, such as losses that have reached zero, and
-    would keep all of them or none.
+    A float32 leaves the low 29 bits of a float64 at zero. The position goes there, so that of equal scores the first
+    in the batch ranks first. Otherwise a threshold could not separate equal scores, such as losses of exactly zero,
+    and would keep all of them or none.
     """
     limit = torch.finfo(torch.float32).max
     wide_B = score_B.float().double().nan_to_num(nan=-2.0 * limit, posinf=limit, neginf=-limit)
-    # Zero would become a denormal number, which some processors' settings take for zero.
+    # Zero would become a denormal number, which some processor settings treat as zero.
     wide_B = wide_B.masked_fill(wide_B == 0.0, 2.0**-200)
     position_B = torch.arange(len(score_B), device=score_B.device)
     offset_B = torch.where(wide_B < 0.0, position_B, len(score_B) - 1 - position_B)

@@ -1,4 +1,4 @@
-"""Stochastic weight perturbation: which weights a step perturbs, and how they are compensated for being drawn rarely.
+"""Stochastic weight perturbation: which weights a step perturbs, and what makes up for rarely drawn ones.
 
 Source: section 3.2 of the ESAM paper (Du et al. 2022, arXiv 2110.03141) for `element` and, as released, `tensor`;
 SAM-ON (Mueller et al. 2023, arXiv 2306.04226) for `norm`; `suffix` is ours.
@@ -39,10 +39,10 @@ class Draw(NamedTuple):
 def draw(module: nn.Module, mode: Mode, beta: float, generator: torch.Generator) -> Draw:
     """The perturbed tensors of one step, drawn from `generator`; `beta` is the expected share.
 
-    tensor    each tensor with probability beta, and never none at all
+    tensor    each tensor with probability beta, but at least one
     element   each weight with probability beta (the paper's mask): all gradients are needed
     suffix    the layers behind a random cut through the depth: the ascent's backward pass stops there
-    norm      the affine parameters of all normalisation layers; beta plays no part
+    norm      the affine parameters of all normalisation layers, whatever beta is
     """
     params = [param for param in module.parameters() if param.requires_grad]
     if mode == "norm":
@@ -89,17 +89,17 @@ def suffix_chance(from_last: int, num_tensors: int, beta: float) -> float:
 def mask_elements(grads: Sequence[Tensor], keep: float, generator: torch.Generator) -> None:
     """Set each element to zero with probability `1 - keep`, in place; `keep` is met to within 2**-16.
 
-    An element's lot is 16 bits of a random word: a quarter of the time of one floating-point draw for each.
+    An element's lot is 16 bits of a random word, which takes a quarter of the time of one floating-point draw each.
     """
     if generator.device != grads[0].device:
-        # Masks are drawn where the gradients are: as many numbers as weights are not to be sent there.
+        # Masks are drawn on the gradients' device, since one number per weight is too much to send there.
         seed = int(torch.randint(2**62, (), generator=generator))
         generator = torch.Generator(grads[0].device).manual_seed(seed)
     highest_kept = max(1, round(keep * 2**16)) - 1 - 2**15
     for grad in grads:
         words = torch.empty(-(-grad.numel() // 4), dtype=torch.int64, device=grad.device)
         lots = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: grad.numel()]
-        # A product and not a fill: what is not finite has to show in the norm.
+        # A product, not a fill: a gradient that is not finite has to show in the norm.
         grad.mul_(lots.view_as(grad) <= highest_kept)
 
 

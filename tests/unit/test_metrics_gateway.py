@@ -44,7 +44,7 @@ def test_every_sink_is_closed_whatever_another_one_raises(tmp_path, monkeypatch)
         raise RuntimeError("no room on the disk")
 
     metrics = build(tmp_path, port=free_port(), tensorboard=True)
-    server, lines = metrics._server, metrics._lines
+    server, lines = metrics._server, metrics._rows
     monkeypatch.setattr(metrics._board, "close", refuse)
     monkeypatch.setattr(metrics, "_push", refuse)
     monkeypatch.setattr(metrics, "_cfg", config.Metrics(gateway="http://127.0.0.1:9"))

@@ -1,27 +1,26 @@
-"""Record the scores of real training, for benchmarks/coordination.py to draw from.
+"""Record the scores of real training, for the simulation to draw from.
 
-    python -m benchmarks.coordination_scores
+    python -m benchmarks.coordination.record
 
 trains cifar_resnet8 with SAM on scikit-learn's digits (8 epochs, 16 pixels, batch 32, rho 0.05, one random shift a
 batch) and after epochs 1, 3 and 8 plays all ranks of a job in turn: each perturbs the weights with the gradient of its
 own batch of 32 and records the rise of each of its samples' losses. Once with batches drawn at random, once with every
-rank holding two classes only, a shard of its own. Writes benchmarks/results/coordination_scores.csv: epoch, shards,
-rank, rise. A few minutes on one core.
+rank holding two classes only, a shard of its own. Writes results/scores.csv: epoch, shards, rank, rise. A few minutes
+on one core.
 """
 
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.coordination.draws import RESULTS
 from esam_dist.models.cifar_resnet import cifar_resnet8
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, RHO, EPOCHS, RECORDED = 32, 0.05, 8, (1, 3, 8)
 
 
@@ -45,7 +44,7 @@ def main() -> None:
         if epoch in RECORDED:
             rows += [(epoch, *row) for row in _record(model, images, labels)]
             print(f"epoch {epoch}: median rise {torch.tensor([float(row[3]) for row in rows]).median():.3g}")
-    with (RESULTS / "coordination_scores.csv").open("w", newline="") as file:
+    with (RESULTS / "scores.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("epoch", "shards", "rank", "rise"), *rows])
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.coordination_draws import NUM_RANKS, SCORES, Row, num_trials
+from benchmarks.coordination.draws import NUM_RANKS, SCORES, Row, num_trials
 from esam_dist import selection
 
 FACTORS = [1.0, 1.25, 1.5, 2.0, math.inf]
@@ -121,7 +121,8 @@ def by_allotment(scores_WB: Tensor, gamma: float, num_quantiles: int, capacity: 
     W, B = scores_WB.shape
     limit = B if capacity is None else min(B, capacity)
     gathered = quantiles_of_ranks(scores_WB, num_quantiles, capacity)
-    place = selection._places(limit, num_quantiles, scores_WB.device)[1:-1]
+    # The quantiles of falling scores 0, -1, -2, ... tell which places of a ranking they are taken from.
+    place = -selection.quantiles(-torch.arange(B), num_quantiles, capacity).round().long()
     extra = torch.arange(1, limit)
     right = torch.searchsorted(place, extra).clamp(max=num_quantiles - 1)
     left = (right - 1).clamp(min=0)

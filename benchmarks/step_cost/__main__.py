@@ -1,13 +1,13 @@
 """What a step of each method costs, as a multiple of a step of SGD: FLOPs, time, memory, bytes communicated.
 
-    OMP_NUM_THREADS=1 python benchmarks/step_cost.py --quick         # under three minutes on two cores
-    python benchmarks/step_cost.py --models resnet50 --threads 2 --repetitions 8
-    python benchmarks/step_cost.py --models resnet50 --threads 2 --keep-memory --name cpu_kept_memory --counts cpu
-    python benchmarks/step_cost.py --report                          # table and plot again, from the stored times
+    OMP_NUM_THREADS=1 python -m benchmarks.step_cost --quick         # under three minutes on two cores
+    python -m benchmarks.step_cost --models resnet50 --threads 2 --repetitions 8
+    python -m benchmarks.step_cost --models resnet50 --threads 2 --keep-memory --name cpu_kept_memory --counts cpu
+    python -m benchmarks.step_cost --report                          # table and plot again, from the stored times
 
 All modes take turns within each repetition, in an order drawn anew, with SGD at both ends and after every second: a
 step's time counts only as a ratio to the mean of the steps of SGD before and after it. Times add to
-benchmarks/results/step_cost_times_<name>.csv as they are taken, so that a run may be stopped, and continued. On a CPU
+results/times_<name>.csv as they are taken, so that a run may be stopped, and continued. On a CPU
 processor time (of all threads) is stored beside wall-clock time: where others use the machine too, it is what the step
 itself took. Counts do not depend on the machine's load, and are made once: `--repetitions 0` makes only them.
 
@@ -18,21 +18,17 @@ SGD's one large pass feels that most. `--keep-memory` keeps in the process what 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import platform
 import random
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, benchmarks/ is no package
-
-from benchmarks.step_cost_bench import Bench, seeds
-from benchmarks.step_cost_counts import count_flops, count_memory, count_traffic
-from benchmarks.step_cost_modes import MODELS, MODES
-from benchmarks.step_cost_report import RESULTS, append, read, report
+from benchmarks.step_cost.bench import Bench, keep_freed_memory, seeds
+from benchmarks.step_cost.counts import count_flops, count_memory, count_traffic
+from benchmarks.step_cost.modes import MODELS, MODES
+from benchmarks.step_cost.report import RESULTS, append, read, report
 from esam_dist.ranks import Ranks
 
 
@@ -48,13 +44,6 @@ def measure_times(bench: Bench, modes: list[str], repetitions: int, first: int, 
             cpu, wall = time.process_time() - cpu_began, time.perf_counter() - began
             append(path, {"model": model, "repetition": repetition, "mode": mode, "wall": wall, "cpu": cpu})
         print(f"{model}: repetition {repetition} done", flush=True)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc give nothing back to the system (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD)."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)
-    libc.mallopt(-1, -1)
 
 
 def with_sgd_between(modes: list[str]) -> list[str]:
@@ -112,10 +101,10 @@ def measure(model_name: str, options: argparse.Namespace, device: torch.device, 
     # Momentum, and what libraries set up once; compiled, every mode meets shapes and draws of its own.
     for mode in modes if options.compile else ["sgd"]:
         bench.step(mode, 0)
-    times = RESULTS / f"step_cost_times_{name}.csv"
+    times = RESULTS / f"times_{name}.csv"
     first = 1 + max((int(row["repetition"]) for row in read(times) if row["model"] == model_name), default=-1)
     measure_times(bench, modes, options.repetitions, first, times, model_name)
-    counts = RESULTS / f"step_cost_counts_{options.counts or name}.csv"
+    counts = RESULTS / f"counts_{options.counts or name}.csv"
     counted = {row["mode"] for row in read(counts) if row["model"] == model_name}
     missing = [mode for mode in modes if mode not in counted]
     if missing:

@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks.coordination_draws import NUM_RANKS, Row
+from benchmarks.coordination.draws import NUM_RANKS, Row
 
 
 class Network(NamedTuple):

@@ -1,9 +1,9 @@
 """Where the time of a step goes on a CPU, phase by phase: seconds, and pages of memory that the system had to provide.
 
-    python -m benchmarks.step_phases                  # memory as glibc gives it
-    python -m benchmarks.step_phases --keep-memory    # what is freed stays in the process
+    python -m benchmarks.step_cost.phases                  # memory as glibc gives it
+    python -m benchmarks.step_cost.phases --keep-memory    # what is freed stays in the process
 
-ResNet-50 at 224 pixels, 16 images; each mode directly after a step of SGD. Adds to benchmarks/results/step_phases.csv.
+ResNet-50 at 224 pixels, 16 images; each mode directly after a step of SGD. Adds to results/phases.csv.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from collections import defaultdict
 
 import torch
 
-from benchmarks.step_cost import keep_freed_memory
-from benchmarks.step_cost_bench import Bench, seeds
-from benchmarks.step_cost_modes import MODELS
-from benchmarks.step_cost_report import RESULTS, append
+from benchmarks.step_cost.bench import Bench, keep_freed_memory, seeds
+from benchmarks.step_cost.modes import MODELS
+from benchmarks.step_cost.report import RESULTS, append
 from esam_dist.clock import PhaseClock
 from esam_dist.ranks import Ranks
 
@@ -78,7 +77,7 @@ def main() -> None:
             "threads": options.threads,
             "torch": torch.__version__,
         }
-        append(RESULTS / "step_phases.csv", row)
+        append(RESULTS / "phases.csv", row)
         print(*row.values())
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/step_cost.py compares: every method and mode, and on which networks."""
+"""What is compared: every method and mode, and on which networks."""
 
 from __future__ import annotations
 
@@ -9,31 +9,28 @@ from typing import Any
 import torchvision
 from torch import nn
 
+from esam_dist import methods
 from esam_dist.models import build_model
-from esam_dist.rule import Rule
-
-RHO = 0.05
 
 
-def sharp(name: str, **choices: Any) -> Rule:
-    """A rule that perturbs, at the usual radius."""
-    return Rule(name, rho=RHO, radius=RHO, **choices)
-
-
-def esam(beta: float = 0.5, gamma: float = 0.5, **choices: Any) -> Rule:
+def esam(beta: float = 0.5, scope: str = "rank", **choices: Any) -> methods.ESAM:
     """ESAM at the paper's beta and gamma, or others."""
-    return sharp("esam", beta=beta, gamma=gamma, **choices)
+    return methods.ESAM(beta=beta, scope=scope, **choices)
 
 
-LOOKSAM = sharp("looksam", descent="looksam", alpha=0.2)
-MODES: dict[str, Rule] = {
-    "sgd": Rule(),
-    "sam": sharp("sam"),
-    "asam": sharp("asam", adaptive_eta=0.01),
-    "gsam": sharp("gsam", descent="gsam", alpha=0.2),
-    "looksam, perturbed step": LOOKSAM,
-    "looksam, step between": sharp("looksam", descent="looksam", alpha=0.2, reuses=True),
-    "msam": sharp("msam"),
+def recycled(scope: str = "rank", **choices: Any) -> methods.Recycled:
+    """A quarter of the samples descends, and the ascent's gradient is used again."""
+    return methods.Recycled(gamma=0.25, scope=scope, **choices)
+
+
+MODES: dict[str, methods.Method] = {
+    "sgd": methods.SGD(),
+    "sam": methods.SAM(),
+    "asam": methods.ASAM(),
+    "gsam": methods.GSAM(),
+    "looksam, perturbed step": methods.LookSAM(),
+    "looksam, step between": methods.LookSAM(),
+    "msam": methods.MSAM(),
     "esam (paper): tensor, forward": esam(),
     "esam: element, forward": esam(swp="element"),
     "esam: tensor, head": esam(score="head"),
@@ -45,11 +42,25 @@ MODES: dict[str, Rule] = {
     "esam: global, scores": esam(scope="global"),
     "esam: global, thresholds": esam(scope="global", transport="thresholds"),
     "esam: global, capacity 1.25": esam(scope="global", capacity_factor=1.25),
-    "recycled 0.25, random": esam(1.0, 0.25, score="random", descent="recycled"),
-    "recycled 0.25, exact": esam(1.0, 0.25, score="random", descent="recycled_exact"),
-    "recycled 0.25, head": esam(1.0, 0.25, score="head", descent="recycled"),
-    "recycled 0.25, forward": esam(1.0, 0.25, descent="recycled"),
+    "recycled 0.25, random": recycled(),
+    "recycled 0.25, exact": recycled(exact=True),
+    "recycled 0.25, head": recycled(score="head"),
+    "recycled 0.25, forward": recycled(score="forward"),
 }
+
+
+def update_of(mode: str, seed: int) -> int:
+    """The number of an update of `mode`: everything random in it is a function of that."""
+    method = MODES[mode]
+    if isinstance(method, methods.LookSAM):
+        return method.interval * seed + (mode == "looksam, step between")
+    return seed
+
+
+def draws_early(mode: str) -> bool:
+    """Whether a step's cost depends on what it draws."""
+    method = MODES[mode]
+    return isinstance(method, methods.ESAM) and method.swp in ("tensor", "suffix")
 
 
 @dataclass(frozen=True)

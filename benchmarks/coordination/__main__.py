@@ -2,13 +2,13 @@
 
     python -m benchmarks.coordination
 
-draws scores for 2 to 1,024 ranks and applies esam_dist.selection to them. Writes to benchmarks/results/, in under two
-minutes on one core:
+draws scores for 2 to 1,024 ranks and applies esam_dist.selection to them. Writes to results/ beside this file, in under
+two minutes on one core:
 
-coordination_straggler.csv, .png    the slowest rank's share of the descent, without and with a capacity
-coordination_overflow.png           what a capacity leaves out of the exact choice; overflow passed on or dropped
-coordination_thresholds.csv, .png   the error of a choice by quantiles
-coordination_transport.csv, .png    bytes and latency of both transports: a model, not a measurement
+straggler.csv, .png    the slowest rank's share of the descent, without and with a capacity
+overflow.png           what a capacity leaves out of the exact choice; overflow passed on or dropped
+thresholds.csv, .png   the error of a choice by quantiles
+transport.csv, .png    bytes and latency of both transports: a model, not a measurement
 
 Shapes: W ranks, B samples per rank.
 """
@@ -23,10 +23,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.coordination_draws import RESULTS, Row, mixture
-from benchmarks.coordination_network import model_transport
-from benchmarks.coordination_plots import plot_overflow, plot_stragglers, plot_thresholds, plot_transport
-from benchmarks.coordination_rules import quantiles_of_ranks, simulate_stragglers, simulate_thresholds
+from benchmarks.coordination.draws import RESULTS, Row, mixture
+from benchmarks.coordination.network import model_transport
+from benchmarks.coordination.plots import plot_overflow, plot_stragglers, plot_thresholds, plot_transport
+from benchmarks.coordination.rules import quantiles_of_ranks, simulate_stragglers, simulate_thresholds
 from esam_dist import selection
 
 
@@ -67,16 +67,16 @@ def main() -> None:
     warnings.filterwarnings("ignore", "There is a performance drop")  # vmap over ranks, which is ours here
     start = time.perf_counter()
     stragglers = simulate_stragglers(64)
-    write("coordination_straggler.csv", stragglers)
+    write("straggler.csv", stragglers)
     plot_stragglers(stragglers)
     plot_overflow(stragglers)
     print(f"stragglers {time.perf_counter() - start:.0f} s")
     thresholds = simulate_thresholds(64)
-    write("coordination_thresholds.csv", thresholds)
+    write("thresholds.csv", thresholds)
     plot_thresholds(thresholds)
     print(f"thresholds {time.perf_counter() - start:.0f} s")
     transport = model_transport()
-    write("coordination_transport.csv", transport)
+    write("transport.csv", transport)
     plot_transport(transport)
     for row in measure_compute():
         print("choice on one core:", row)

@@ -1,4 +1,4 @@
-"""The four figures of benchmarks/coordination.py."""
+"""The four figures of the simulation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 import matplotlib as mpl
 
-from benchmarks.coordination_draws import RESULTS, SCORES, Row
-from benchmarks.coordination_network import NETWORKS
+from benchmarks.coordination.draws import RESULTS, SCORES, Row
+from benchmarks.coordination.network import NETWORKS
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -36,7 +36,7 @@ def plot_stragglers(rows: list[Row]) -> None:
     axes[1, 3].axis("off")
     axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", fontsize=12)
     figure.suptitle("Straggler inflation of the descent pass; gamma 0.5, 64 samples a rank")
-    figure.savefig(RESULTS / "coordination_straggler.png", dpi=110)
+    figure.savefig(RESULTS / "straggler.png", dpi=110)
 
 
 def plot_overflow(rows: list[Row]) -> None:
@@ -66,7 +66,7 @@ def plot_overflow(rows: list[Row]) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.suptitle("The price of a capacity; 64 ranks of 64 samples, gamma 0.5")
-    figure.savefig(RESULTS / "coordination_overflow.png", dpi=110)
+    figure.savefig(RESULTS / "overflow.png", dpi=110)
 
 
 def plot_thresholds(rows: list[Row]) -> None:
@@ -97,7 +97,7 @@ def plot_thresholds(rows: list[Row]) -> None:
         "Choice by Q quantiles a rank: "
         + ", ".join(f"{n} ({s})" for n, s in zip(names, ("-", "--", "..."), strict=True))
     )
-    figure.savefig(RESULTS / "coordination_thresholds.png", dpi=110)
+    figure.savefig(RESULTS / "thresholds.png", dpi=110)
 
 
 def plot_transport(rows: list[Row]) -> None:
@@ -122,7 +122,7 @@ def plot_transport(rows: list[Row]) -> None:
     axes[0].set_ylabel("latency a step, microseconds")
     axes[0].legend(fontsize=9)
     figure.suptitle("Latency of the all-gather before the descent (alpha-beta model, not measured)")
-    figure.savefig(RESULTS / "coordination_transport.png", dpi=110)
+    figure.savefig(RESULTS / "transport.png", dpi=110)
 
 
 def _pick(rows: list[Row], **keys: str | int | float) -> list[Row]:

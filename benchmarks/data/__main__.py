@@ -1,8 +1,8 @@
 """How fast images become batches: this package against plain webdataset and torchvision's ImageFolder.
 
-    python -m benchmarks.data [--images 600] [--rounds 5] [--workers 1] [--out benchmarks/results/data.csv]
+    python -m benchmarks.data [--images 600] [--rounds 5] [--workers 1] [--out FILE]
 
-The same natural-looking JPEGs (data_images.py) go through whole loaders: read, decode, random resized crop to 224,
+The same natural-looking JPEGs (photographs.py) go through whole loaders: read, decode, random resized crop to 224,
 flip, collate, normalise. They are originals of 500x375 at quality 90, these with restart markers (where jpegtran is
 installed), and prepared with a short side of 256. All loaders and images take turns. A core's speed is images per
 second of CPU time, of all processes of the loader together, so that a machine that does other work at the same time
@@ -34,7 +34,7 @@ import torchvision
 import webdataset
 from torchvision.transforms import v2
 
-from benchmarks.data_images import jpeg, photograph
+from benchmarks.data.photographs import jpeg, photograph
 from esam_dist import config
 from esam_dist.data import open_train
 from esam_dist.data.dataset import open_split
@@ -46,6 +46,7 @@ from esam_dist.data.prepare.write import Plan, write_dataset
 
 BATCH, SIZE, CLASSES = 100, 224, 10
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+RESULTS = Path(__file__).parent / "results"
 Loader = Callable[[Path, int], Iterator[Any]]
 
 
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[1])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data.csv"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "loaders.csv")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""Scores of W ranks with B samples each, as in training, for benchmarks/coordination.py.
+"""Scores of W ranks with B samples each, as in training, for the simulation.
 
 Rises of the loss, heavy-tailed: 60% of the samples learned (log-normal, median 0.001), 35% in question (0.1), 5% hard
 or mislabelled (1); every fifth rise is a fall, a quarter as large. A rank effect multiplies all scores of a rank by
-exp(tau * z), z normal. `digits`: drawn from real training, see benchmarks/coordination_scores.py.
+exp(tau * z), z normal. `digits`: drawn from real training, see record.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 NUM_RANKS = [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 
 Row = dict[str, str | int | float]
-Draw = Callable[[int, int], Tensor]
+Distribution = Callable[[int, int], Tensor]
 
 
 def mixture(W: int, B: int, tau: float, saturated: float = 0.0) -> Tensor:
@@ -34,14 +34,14 @@ def mixture(W: int, B: int, tau: float, saturated: float = 0.0) -> Tensor:
 
 def digits(W: int, B: int, shards: str) -> Tensor:
     """Each rank draws from one recorded rank's rises, 32 of the third epoch, jittered by 1% lest it draw ties."""
-    with (RESULTS / "coordination_scores.csv").open() as file:
+    with (RESULTS / "scores.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["shards"] == shards and row["epoch"] == "3"]
     recorded = torch.tensor([float(row["rise"]) for row in rows]).view(-1, 32)
     drawn = recorded[torch.randint(len(recorded), (W, 1)), torch.randint(32, (W, B))]
     return drawn * (1.0 + 0.01 * torch.randn(W, B))
 
 
-SCORES: dict[str, Draw] = {
+SCORES: dict[str, Distribution] = {
     "alike ranks": partial(mixture, tau=0.0),
     "rank effect 0.5": partial(mixture, tau=0.5),
     "rank effect 1": partial(mixture, tau=1.0),

@@ -1,6 +1,6 @@
 """How well the windowed order shuffles, at ImageNet's size, against a perfect shuffle.
 
-    python -m benchmarks.data_shuffle
+    python -m benchmarks.data.shuffle
 
 Batches of 2,048 are drawn from 1,251 shards of 1,024 samples in 1,000 classes. `chi2` compares a batch's class counts
 with equal shares, per degree of freedom: 1 is chance. Shards as `prepare` writes them are mixed; sorted ones are the

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.flop_counter import flop_counter
-from benchmarks.live_bytes import LiveBytes
-from benchmarks.step_cost_bench import Bench, seeds
-from benchmarks.step_cost_modes import MODES, Model
-from esam_dist.randomness import seed_step
+from benchmarks.counters.flops import flop_counter
+from benchmarks.counters.live_bytes import LiveBytes
+from benchmarks.step_cost.bench import Bench, first_draw, seeds
+from benchmarks.step_cost.modes import Model, draws_early
 from esam_dist.ranks import Ranks
 
 
@@ -51,7 +50,7 @@ def count_flops(model: Model, options: argparse.Namespace, device: torch.device,
     bench = Bench(model, options, 8, Ranks(device=device))
     flops = {}
     for mode in modes:
-        draws = seeds(2 if options.quick else 8) if MODES[mode].beta < 1.0 and MODES[mode].swp != "element" else [0]
+        draws = seeds(2 if options.quick else 8) if draws_early(mode) else [0]
         if mode == "looksam, step between":
             bench.step("looksam, perturbed step", 0)
         with flop_counter() as counter:
@@ -62,26 +61,28 @@ def count_flops(model: Model, options: argparse.Namespace, device: torch.device,
 
 
 def count_traffic(model: Model, options: argparse.Namespace, device: torch.device, modes: list[str]) -> dict[str, int]:
-    """Bytes that one rank hands to collectives in a step, by mode, at a batch of 4."""
+    """Bytes that one rank hands to collectives in a step, by mode, at a batch of 4.
+
+    BatchNorm's statistics, averaged behind every update alike in all modes, are left out.
+    """
     traffic = {}
     with pretended_ranks(device) as ranks:
         bench = Bench(model, options, 4, ranks)
         gradient = bench.count_buckets()
-        for _ in range(2):  # after its first step DDP forms its buckets anew, and tells the other ranks
-            bench.step("sgd", 0)
+        bench.step("sgd", 0)  # after its first step DDP forms its buckets anew, and tells the other ranks
         for mode in modes:
             if mode == "looksam, step between":
                 bench.step("looksam, perturbed step", 0)
             gradient.clear()
             with Traffic() as other:
                 bench.step(mode, 0)
-            traffic[mode] = sum(gradient) + other.total
+            traffic[mode] = sum(gradient) + other.total - bench.statistics_bytes
     return traffic
 
 
 def count_memory(bench: Bench, modes: list[str], device: torch.device) -> dict[str, int]:
     """The most bytes that a step holds beyond weights and momentum, by mode; for a draw from the middle."""
-    middle = min(range(100), key=lambda seed: abs(float(torch.rand((), generator=seed_step(seed))) - 0.5))
+    middle = min(range(100), key=lambda seed: abs(first_draw(seed) - 0.5))
     peaks = {}
     for mode in modes:
         gc.collect()

@@ -1,6 +1,6 @@
 """Which library turns a JPEG into a random resized crop of 224 pixels fastest, on one core.
 
-    python -m benchmarks.data_decode [--images 200] [--rounds 5] [--out benchmarks/results/data_decode.csv]
+    python -m benchmarks.data.decode [--images 200] [--rounds 5] [--out FILE]
 
 Speeds are images per second of CPU time. PyTurboJPEG and SPDL take part where they are installed (SPDL needs FFmpeg's
 libraries); nothing of the product depends on them.
@@ -29,11 +29,12 @@ from PIL import Image
 from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from benchmarks.data_images import jpeg, photograph
+from benchmarks.data.photographs import jpeg, photograph
 from esam_dist.data.augment import random_box
 from esam_dist.data.decode import Box, ImageFile
 from esam_dist.data.prepare.encode import JPEGTRAN, Encoding
 
+RESULTS = Path(__file__).parent / "results"
 SIZE = 224
 Decoder = Callable[[bytes, Box], Any]
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Which library decodes fastest.")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data_decode.csv"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode.csv")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

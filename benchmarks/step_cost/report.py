@@ -138,12 +138,12 @@ def plot(summary: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def report(name: str, counts_name: str) -> None:
     """Table and plot from the stored times and counts, of the modes that have times."""
-    times = read(RESULTS / f"step_cost_times_{name}.csv")
+    times = read(RESULTS / f"times_{name}.csv")
     timed = {(row["model"], row["mode"]) for row in times}
-    counts = read(RESULTS / f"step_cost_counts_{counts_name}.csv")
+    counts = read(RESULTS / f"counts_{counts_name}.csv")
     counts = [row for row in counts if not times or (row["model"], row["mode"]) in timed]
     summary = summarise(times, counts)
-    path = RESULTS / f"step_cost_{name}.csv"
+    path = RESULTS / f"summary_{name}.csv"
     path.unlink(missing_ok=True)
     for row in summary:
         append(path, row)
