@@ -41,6 +41,8 @@ class WeightAverage:
         self._most = last if kind == "lawa" else 1
         self._params = _trainable(module)
         self._updates = 0
+        self._statistics: dict[str, Tensor] = {}
+        """BatchNorm's, of the average when it was last validated."""
         self._copies: list[list[Tensor]] = []
         """Of `lawa` oldest first; of `ema` its one average, or none before the first update."""
 
@@ -76,6 +78,10 @@ class WeightAverage:
         finally:
             torch._foreach_copy_(changed, raw)
 
+    def note_statistics(self, module: nn.Module) -> None:
+        """Inside `averaged`: keep the module's present buffers beside the average, to be saved with it."""
+        self._statistics = {name: buffer.to("cpu", copy=True) for name, buffer in module.named_buffers()}
+
     def _put(self, weights: list[Tensor]) -> None:
         if not self._copies:
             return
@@ -90,7 +96,7 @@ class WeightAverage:
             {name: copy.to("cpu", copy=True) for name, copy in zip(self._params, tensors, strict=True)}
             for tensors in self._copies
         ]
-        return {"kind": self._kind, "updates": self._updates, "copies": copies}
+        return {"kind": self._kind, "updates": self._updates, "copies": copies, "statistics": self._statistics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned. From another kind, or `{}` of a run without, begin anew."""
@@ -98,11 +104,21 @@ class WeightAverage:
             if state:
                 logger.warning("the checkpoint holds an average of kind %s: %s begins anew", state["kind"], self._kind)
             return
-        self._updates = state["updates"]
+        self._updates, self._statistics = state["updates"], dict(state.get("statistics", {}))
         self._copies = [
             [_like(param, saved[name]) for name, param in self._params.items()]
             for saved in state["copies"][-self._most :]
         ]
+
+
+def averaged_model(model: dict[str, Tensor], average: dict[str, Any]) -> dict[str, Tensor]:
+    """The averaged weights, with their BatchNorm statistics, in the form of `model`, the raw ones of a checkpoint.
+
+    `average` is what `WeightAverage.state_dict` has saved; what it does not hold (frozen weights) is taken from `model`.
+    """
+    copies = average["copies"]
+    means = {name: torch.stack([copy[name] for copy in copies]).mean(0) for name in (copies[0] if copies else {})}
+    return model | {name: mean.to(model[name].dtype) for name, mean in means.items()} | average["statistics"]
 
 
 class Summing(Protocol):

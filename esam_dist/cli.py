@@ -17,8 +17,10 @@ from types import FrameType
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 from esam_dist import __version__, config, launch, report
+from esam_dist.averaging import WeightAverage, averaged_model
 from esam_dist.checkpoint import Checkpoints, State, read
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import build_engine
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command("evaluate", _evaluate, "Score a checkpoint of a run on its validation data.")
     added.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
     added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to its configuration")
+    added.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
     added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
     launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
@@ -127,7 +130,10 @@ def _train(args: argparse.Namespace) -> int:
         if saved is not None:
             engine.load_state_dict(saved["engine"])
             trainer.state.load_state_dict(saved.get("method", {}))
-        run = Training(cfg, trainer, data, validation, metrics, checkpoints, progress, stop_requested)
+        average = _average(cfg, engine.module, progress, data.num_samples)
+        if average is not None and saved is not None:
+            average.load_state_dict(saved.get("average", {}))
+        run = Training(cfg, trainer, data, validation, metrics, checkpoints, progress, stop_requested, average)
         try:
             finished = train(run)
         except LossNotFiniteError:
@@ -147,7 +153,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     module = _build_module(cfg, validation.num_classes).to(ranks.device)
     state = read(path)
     _check_fits(path, state, cfg, module)
-    module.load_state_dict(state["engine"]["model"])
+    weights = state["engine"]["model"]
+    if args.averaged:
+        if not state.get("average"):
+            raise UserError(
+                f"checkpoint {path}: holds no average; train with train.average = ema, or leave out --averaged"
+            )
+        weights = averaged_model(weights, state["average"])
+    module.load_state_dict(weights)
     with joined(cfg.engine.collective_timeout_seconds) as ranks:
         score = evaluate(module, validation, ranks)
     if ranks.is_first:
@@ -226,6 +239,15 @@ def _progress(cfg: config.Config, saved: State | None, history: History, data: T
         restarts=max(0, history.starts - 1),
         not_finite=history.not_finite,
     )
+
+
+def _average(cfg: config.Config, module: nn.Module, progress: Progress, num_samples: int) -> WeightAverage | None:
+    """What `train.average` asks for."""
+    train = cfg.train
+    if train.average == "none":
+        return None
+    every = train.average_every or max(1, round(progress.planned_steps / train.epochs))
+    return WeightAverage(module, train.average, decay=train.average_decay, last=train.average_last, every=every)
 
 
 def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, progress: Progress | None) -> Metrics:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esam_dist import config
+from esam_dist.averaging import WeightAverage, recompute_batchnorm
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import Batch, TrainData, ValidationData
 from esam_dist.errors import LossNotFiniteError
-from esam_dist.evaluate import evaluate
+from esam_dist.evaluate import Evaluation, evaluate
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
 from esam_dist.progress import Progress
 from esam_dist.schedule import learning_rate
@@ -38,6 +40,8 @@ class Training:
     checkpoints: Checkpoints
     progress: Progress
     stop_requested: Callable[[], bool]
+    average: WeightAverage | None = None
+    """Of the weights, validated beside them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def train(run: Training) -> bool:
     last_step = final_step(cfg, progress, num_samples, samples_per_step)
     if progress.step >= last_step and trainer.ranks.is_first:
         logger.info("step %d was the last: nothing is left to do; for more, raise train.epochs", progress.step)
-    batches = run.data.batches(progress.samples)
+    batches = Ahead(run.data.batches(progress.samples))
     window = Window(run)
     trainer.engine.module.train()
     while progress.step < last_step:
@@ -76,6 +80,8 @@ def train(run: Training) -> bool:
         progress.step += 1
         progress.samples += samples_per_step
         progress.sharp_updates += cfg.method.is_sharp(moment)
+        if run.average is not None:
+            run.average.update(progress.step)
         run.metrics.progress(progress.step)
 
         ends_epoch = progress.samples // num_samples > int(epoch)
@@ -88,13 +94,31 @@ def train(run: Training) -> bool:
             row, stops = window.close(moment, lr)
             run.metrics.train(row)
             _check_finite(row, run.checkpoints)
-        accuracy = _validate(run) if validates else None
+        accuracy = _validate(run, batches) if validates else None
         if saves or stops or validates:
             _save(run, accuracy)
             window.restart()
         if stops:
             return is_last
     return True
+
+
+class Ahead(Iterator[Batch]):
+    """Batches in order, of which the next ones may be looked at before it is their turn."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._waiting: deque[Batch] = deque()
+
+    def __next__(self) -> Batch:
+        return self._waiting.popleft() if self._waiting else next(self._batches)
+
+    def peek(self, count: int) -> Iterator[Batch]:
+        """The next `count`, which stay the next; they are held until then."""
+        for place in range(count):
+            if place == len(self._waiting):
+                self._waiting.append(next(self._batches))
+            yield self._waiting[place]
 
 
 def micro_batch(trainer: SharpnessAware, batch: Batch, cfg: config.Config, moment: Moment, lr: float) -> StepStats:
@@ -201,24 +225,41 @@ def _check_finite(row: TrainRow, checkpoints: Checkpoints) -> None:
         )
 
 
-def _validate(run: Training) -> float:
+def _validate(run: Training, batches: Ahead) -> float:
     start, skipped = time.perf_counter(), dict(run.validation.skipped)
-    engine = run.trainer.engine
-    score = evaluate(
-        engine.module, run.validation, run.trainer.ranks, in_step=engine.calls_together, beat=run.metrics.heartbeat
-    )
+    raw = _evaluate(run)
+    averaged = None if run.average is None else _evaluate_average(run, run.average, batches)
     run.metrics.validation(
         ValidationRow(
             step=run.progress.step,
             epoch=run.progress.samples / run.data.num_samples,
-            accuracy=score.accuracy,
-            top5_accuracy=score.top5_accuracy,
-            loss=score.loss,
+            accuracy=raw.accuracy,
+            top5_accuracy=raw.top5_accuracy,
+            loss=raw.loss,
             seconds=time.perf_counter() - start,
+            averaged_accuracy=averaged.accuracy if averaged else None,
+            averaged_loss=averaged.loss if averaged else None,
             skipped_samples=_newly(run.validation.skipped, skipped),
         )
     )
-    return score.accuracy
+    return raw.accuracy
+
+
+def _evaluate(run: Training) -> Evaluation:
+    engine = run.trainer.engine
+    return evaluate(
+        engine.module, run.validation, run.trainer.ranks, in_step=engine.calls_together, beat=run.metrics.heartbeat
+    )
+
+
+def _evaluate_average(run: Training, average: WeightAverage, batches: Ahead) -> Evaluation:
+    """The averaged weights, with BatchNorm's statistics of the batches that are trained on next."""
+    module = run.trainer.engine.module
+    images = (batch.images for batch in batches.peek(run.cfg.train.average_batches))
+    with average.averaged(module):
+        recompute_batchnorm(module, images, run.trainer.ranks)
+        average.note_statistics(module)
+        return _evaluate(run)
 
 
 def _save(run: Training, accuracy: float | None) -> None:
@@ -226,5 +267,7 @@ def _save(run: Training, accuracy: float | None) -> None:
     engine_state = run.trainer.engine.state_dict()
     if run.trainer.ranks.is_first:
         whole = {"engine": engine_state, "train": run.progress.saved(), "method": run.trainer.state.state_dict()}
+        if run.average is not None:
+            whole["average"] = run.average.state_dict()
         run.checkpoints.save(whole, step, accuracy)
     run.metrics.checkpoint_saved(step, time.perf_counter() - start)

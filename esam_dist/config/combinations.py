@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from esam_dist.averaging import zero3_fault
 from esam_dist.config.secrets import looks_secret, shown
 from esam_dist.errors import UserError
 from esam_dist.methods import Faults, Setup
@@ -83,6 +84,7 @@ def _engine(config: Config) -> Faults:
             "engine.offload = true moves the averaged gradient away, along which engine.zero_stage = 3 perturbs; "
             "use zero_stage 1 or 2",
         ),
+        zero3_fault(train.average, engine.name, engine.zero_stage),
         (
             zero3 and train.accumulate > 1,
             "engine.zero_stage = 3 needs the averaged gradient of one batch: give train.accumulate = 1, or "

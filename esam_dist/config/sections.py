@@ -104,6 +104,17 @@ class Train(Section):
     """Compile the network with `torch.compile`; with `swp: suffix` by block, for the ascent to stop at its cut."""
     label_smoothing: BelowOne = 0.0
     """Share of the target spread evenly over all classes."""
+    average: Literal["none", "ema", "lawa"] = "none"
+    """Also validate an average of the weights: `ema`: exponential, over all updates; `lawa`: mean of the latest copies."""
+    average_decay: BelowOne = 0.999
+    """For `average: ema`: the largest decay; in the first updates it is smaller."""
+    average_last: Count = 5
+    """For `average: lawa`: copies averaged, each as large as the weights, on the device."""
+    average_every: Annotated[int, Field(ge=0)] = 0
+    """For `average: lawa`: updates between two copies; 0: an epoch, as in the paper."""
+    average_batches: Annotated[int, Field(ge=0)] = 32
+    """Training batches per rank from which BatchNorm's statistics are recomputed for the average; 0: those of the raw
+    weights are kept."""
     log_every: Count = 10
     """Updates between two rows of metrics; the host waits for the device only then."""
     validate_every: Count = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -78,13 +79,14 @@ class ProgressBar:
 
 def _train_words(row: TrainRow) -> list[str]:
     words = [f"epoch {row.epoch:.2f}", f"loss {row.loss:.4f}", f"lr {row.lr:.3g}", f"kept {row.kept_fraction:.0%}"]
-    if row.sharpness is not None:
+    if row.sharpness is not None and math.isfinite(row.sharpness):
         words.append(f"sharpness {row.sharpness:.4f}")
     return [*words, f"{row.images_per_second:.0f} img/s"]
 
 
 def _validation_words(row: ValidationRow) -> str:
+    averaged = "" if row.averaged_accuracy is None else f" (averaged {row.averaged_accuracy:.4f})"
     return (
-        f"epoch {row.epoch:.2f}  validation accuracy {row.accuracy:.4f}  top-5 {row.top5_accuracy:.4f}  "
+        f"epoch {row.epoch:.2f}  validation accuracy {row.accuracy:.4f}{averaged}  top-5 {row.top5_accuracy:.4f}  "
         f"loss {row.loss:.4f}  in {row.seconds:.1f} s"
     )

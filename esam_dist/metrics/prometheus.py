@@ -39,6 +39,7 @@ GAUGES = {
     "esam_validation_accuracy": "Top-1 accuracy of the last validation, 0 to 1.",
     "esam_validation_top5_accuracy": "Top-5 accuracy of the last validation, 0 to 1.",
     "esam_validation_loss": "Loss of the last validation.",
+    "esam_validation_averaged_accuracy": "Top-1 accuracy of the averaged weights in the last validation, 0 to 1.",
     "esam_validation_best_accuracy": "Highest top-1 accuracy that this process has seen, 0 to 1.",
     "esam_validation_best_epoch": "Epoch of the highest top-1 accuracy.",
     "esam_checkpoint_last_step": "Update of the last checkpoint.",
@@ -137,6 +138,7 @@ class Exposition(Collector):
         self.set("esam_validation_accuracy", row.accuracy)
         self.set("esam_validation_top5_accuracy", row.top5_accuracy)
         self.set("esam_validation_loss", row.loss)
+        self.set("esam_validation_averaged_accuracy", row.averaged_accuracy)
         if row.accuracy > (self.get("esam_validation_best_accuracy") or -math.inf):
             self.set("esam_validation_best_accuracy", row.accuracy)
             self.set("esam_validation_best_epoch", row.epoch)

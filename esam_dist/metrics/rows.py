@@ -53,5 +53,8 @@ class ValidationRow:
     top5_accuracy: float
     loss: float
     seconds: float
+    averaged_accuracy: float | None = None
+    """Of the averaged weights (`train.average`); None without."""
+    averaged_loss: float | None = None
     skipped_samples: dict[str, int] = field(default_factory=dict)
     """By reason: samples that this rank could not read in this pass."""

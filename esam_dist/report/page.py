@@ -33,6 +33,7 @@ ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 CHARTS = (
     ("train", "loss", "Training loss", "", POSITIVE),
     ("validation", "accuracy", "Validation accuracy", "top-1", SHARE),
+    ("validation", "averaged_accuracy", "Validation accuracy, averaged weights", "top-1", SHARE),
     ("validation", "loss", "Validation loss", "", POSITIVE),
     ("train", "sharpness", "Sharpness", "rise of the loss at the perturbed weights", ANY),
     ("train", "kept_fraction", "Samples kept", "share of the batch", SHARE),

@@ -75,6 +75,7 @@ REFUSED = [
     ("engine.offload=true", "engine.offload = true | engine.name = deepspeed"),
     (f"engine.offload=true {DEEPSPEED} engine.zero_stage=0", "engine.offload = true | engine.zero_stage 1, 2 or 3"),
     (f"{ZERO3} {WHOLE} engine.offload=true", "engine.offload = true | engine.zero_stage = 3 | zero_stage 1 or 2"),
+    (f"{ZERO3} {WHOLE} train.average=ema", "train.average = ema | zero_stage"),
     (f"{ZERO3} {WHOLE} train.accumulate=2", "engine.zero_stage = 3 | train.accumulate = 1 | zero_stage 0, 1 or 2"),
     ("metrics.gateway=http://user:secret@host", "metrics.gateway | password | network"),
 ]
