@@ -18,17 +18,20 @@ from typing import NoReturn
 import torch
 
 from esam_dist import __version__, config, launch, report
-from esam_dist.checkpoint import Checkpoints, State, read
-from esam_dist.data import TrainData, open_train, open_validation, prepare
+from esam_dist.checkpoint import Checkpoints
+from esam_dist.data import TrainData, ValidationData, open_train, open_validation, prepare
 from esam_dist.engine import build_engine
 from esam_dist.errors import LossNotFiniteError, UserError
 from esam_dist.esam import Memory
 from esam_dist.evaluate import evaluate
+from esam_dist.lock import locked
 from esam_dist.metrics import Metrics, Standing, rewind
 from esam_dist.models import Classifier, build_model, compile_network
 from esam_dist.ranks import Ranks, joined
+from esam_dist.resume import check_network, choose, find_state
 from esam_dist.run_folder import History, note_not_finite, open_run_folder, read_history
 from esam_dist.score import watched_head
+from esam_dist.soundness import State
 from esam_dist.swp import has_norms
 from esam_dist.train import TrainState, final_step, train
 
@@ -113,12 +116,25 @@ def _train(args: argparse.Namespace) -> int:
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, data.num_classes)
+    with locked(cfg.run.folder, ranks) as check_owner:
+        return _train_in_folder(cfg, ranks, data, validation, module, check_owner, stop_requested)
+
+
+def _train_in_folder(
+    cfg: config.Config,
+    ranks: Ranks,
+    data: TrainData,
+    validation: ValidationData,
+    module: Classifier,
+    check_owner: Callable[[], None],
+    stop_requested: Callable[[], bool],
+) -> int:
     folder = open_run_folder(cfg, ranks)
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
-    saved = _find_state(cfg, checkpoints, module) if ranks.is_first else None
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, check_owner)
+    saved = find_state(cfg, checkpoints, module) if ranks.is_first else None
     standing = _standing(cfg, ranks, saved, read_history(folder), data) if ranks.is_first else None
     limit = cfg.engine.collective_timeout_seconds
-    with closing(_open_metrics(cfg, ranks, folder, standing)) as metrics, joined(limit) as ranks:
+    with closing(_open_metrics(cfg, ranks, folder, standing)) as metrics, joined(limit):
         engine = build_engine(module, cfg, ranks)
         saved, standing = ranks.share((saved, standing))
         assert standing is not None
@@ -127,6 +143,7 @@ def _train(args: argparse.Namespace) -> int:
         if saved is not None:
             engine.load_state_dict(saved["engine"])
             memory.load_state_dict(saved.get("method", {}), ranks.device)
+        del saved  # as large as all that is trained
         try:
             finished = train(engine, data, validation, cfg, ranks, metrics, checkpoints, state, memory, stop_requested)
         except LossNotFiniteError:
@@ -140,13 +157,13 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     cfg = config.load(args.run_folder / "config.yaml", args.overrides)
     checkpoints = Checkpoints(args.run_folder / "checkpoints", cfg.checkpoint.keep)
-    path = _choose(checkpoints, args.checkpoint)
+    path, state = choose(checkpoints, args.checkpoint)
     ranks = Ranks.from_environment()
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, validation.num_classes).to(ranks.device)
-    state = read(path)
-    _check_fits(path, state, cfg, module)
+    check_network(path, state, cfg, module)
     module.load_state_dict(state["engine"]["model"])
+    del state
     with joined(cfg.engine.collective_timeout_seconds) as ranks:
         score = evaluate(module, validation, ranks)
     if ranks.is_first:
@@ -155,18 +172,6 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"over {score.num_samples} samples"
         )
     return 0
-
-
-def _choose(checkpoints: Checkpoints, wanted: str) -> Path:
-    if wanted not in ("best", "newest"):
-        return Path(wanted)
-    found = checkpoints.all()
-    if not found:
-        raise UserError(f"{checkpoints.folder}: holds no checkpoint; train first, or give --checkpoint PATH")
-    best = checkpoints.best()
-    if wanted == "best" and best is None:
-        raise UserError(f"{checkpoints.folder}: no checkpoint was validated; use --checkpoint newest")
-    return best if wanted == "best" and best is not None else found[-1]
 
 
 def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
@@ -195,29 +200,6 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
     if cfg.train.compile:
         compile_network(network, by_block=cfg.method.name == "esam" and cfg.method.swp == "suffix")
     return classifier
-
-
-def _find_state(cfg: config.Config, checkpoints: Checkpoints, module: Classifier) -> State | None:
-    if cfg.run.resume == "never":
-        return None
-    named = Path(cfg.run.resume)
-    found = checkpoints.newest() if cfg.run.resume == "auto" else (named, read(named))
-    if found is None:
-        return None
-    path, state = found
-    _check_fits(path, state, cfg, module)
-    logging.getLogger(__name__).info("continuing from %s", path)
-    return state
-
-
-def _check_fits(path: Path, state: State, cfg: config.Config, module: Classifier) -> None:
-    """Raise UserError for a checkpoint of another network."""
-    shapes = {name: value.shape for name, value in module.state_dict().items()}
-    if {name: value.shape for name, value in state["engine"]["model"].items()} != shapes:
-        raise UserError(
-            f"checkpoint {path}: holds another network than model.name = {cfg.model.name} with these classes; "
-            "use the configuration that it was trained with"
-        )
 
 
 def _train_state(saved: State | None) -> TrainState:

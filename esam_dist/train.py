@@ -17,7 +17,7 @@ from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch, TrainData, ValidationData
 from esam_dist.engine import Engine
 from esam_dist.engine.zero3 import Zero3Engine
-from esam_dist.errors import LossNotFiniteError
+from esam_dist.errors import CheckpointNotWrittenError, LossNotFiniteError, UserError
 from esam_dist.esam import Memory, StepStats, esam_step
 from esam_dist.evaluate import evaluate
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
@@ -99,7 +99,7 @@ def train(
             accuracy = _validate(engine, validation, ranks, metrics, state, data.num_samples)
             window.restart()
         if saves or stops or validates:
-            _save(engine, state, memory, ranks, metrics, checkpoints, accuracy)
+            _save(engine, state, memory, ranks, metrics, checkpoints, accuracy, is_last=is_last)
             window.restart()
         if stops:
             return is_last
@@ -223,10 +223,9 @@ def _newly(counts: dict[str, int], before: dict[str, int]) -> dict[str, int]:
 
 def _check_finite(row: TrainRow, checkpoints: Checkpoints) -> None:
     if not math.isfinite(row.loss):
-        saved = checkpoints.all()
         raise LossNotFiniteError(
             f"the training loss is not finite at step {row.step}: lower optim.lr (now {row.lr:.3g}) or method.rho "
-            f"(now {row.rho:.3g}); newest checkpoint: {saved[-1] if saved else 'none'}"
+            f"(now {row.rho:.3g}); {checkpoints.way_back()}"
         )
 
 
@@ -258,10 +257,27 @@ def _save(
     metrics: Metrics,
     checkpoints: Checkpoints,
     accuracy: float | None,
+    *,
+    is_last: bool,
 ) -> None:
+    """Write a checkpoint. One that the disk refuses ends the run only where it was to be the last."""
     start = time.perf_counter()
     engine_state = engine.state_dict()
+    failure: UserError | None = None
     if ranks.is_first:
         whole = {"engine": engine_state, "train": asdict(state), "method": memory.state_dict()}
-        checkpoints.save(whole, state.step, accuracy)
+        try:
+            checkpoints.save(whole, state.step, accuracy)
+        except UserError as error:
+            failure = error
+    # Told to all, so that all end, or all go on.
+    failure = ranks.share(failure)
+    if isinstance(failure, CheckpointNotWrittenError):
+        metrics.checkpoint_failed(state.step)
+        if not is_last:
+            if ranks.is_first:
+                logger.error("%s; tried again at the next", failure)
+            return
+    if failure is not None:
+        raise failure
     metrics.checkpoint_saved(state.step, time.perf_counter() - start)
