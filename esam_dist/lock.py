@@ -151,7 +151,8 @@ class Lock:
             "%s: held by process %d on %s; watching for up to %.0f s whether it lives",
             *(self._path, holder.pid, printable(holder.host), STALE_SECONDS),
         )
-        while self._now() - touched <= STALE_SECONDS:
+        until = time.monotonic() + STALE_SECONDS  # the date may lie ahead, where a clock was set back
+        while self._now() - touched <= STALE_SECONDS and time.monotonic() < until:
             time.sleep(BEAT_SECONDS / 5)
             if self._read() != content:
                 return False  # released, or another's: look again

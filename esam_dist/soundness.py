@@ -9,23 +9,17 @@ import torch
 from torch import Tensor
 
 State = dict[str, Any]
+SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
 def fault(state: object) -> str | None:
     """What is wrong with `state`, in a few words; None: nothing."""
     if not isinstance(state, dict):
         return f"holds a {type(state).__name__}, not a run's state"
-    engine, train = state.get("engine"), state.get("train")
-    if not isinstance(engine, dict) or not _is_table(engine.get("model")):
-        return "holds no weights (engine.model)"
-    optimizer = engine.get("optimizer")
-    if not isinstance(optimizer, dict) or not all(map(_is_table, optimizer.values())):
-        return "holds no optimizer state (engine.optimizer)"
-    if not isinstance(train, dict) or not all(_is_count(train.get(key)) for key in ("step", "samples_seen")):
-        return "does not say where the run stands (train.step, train.samples_seen)"
-    if not all(isinstance(part, dict) for part in (state.get("method", {}), engine.get("scaler", {}))):
-        return "holds no method state that could be read (method, engine.scaler)"
-    name = not_finite(engine)
+    missing = _missing(state)
+    if missing:
+        return f"holds no {missing} that could be read"
+    name = not_finite(state["engine"])
     return f"{name} is not finite" if name else None
 
 
@@ -45,10 +39,29 @@ def not_finite(state: object, name: str = "") -> str | None:
     return None
 
 
+def _missing(state: State) -> str | None:
+    engine, train = state.get("engine"), state.get("train")
+    if not isinstance(engine, dict) or not _is_table(engine.get("model")):
+        return "weights (engine.model)"
+    optimizer = engine.get("optimizer")
+    if not isinstance(optimizer, dict) or not all(map(_is_table, optimizer.values())):
+        return "optimizer state (engine.optimizer)"
+    scaler = engine.get("scaler", {})
+    if not isinstance(scaler, dict) or (scaler and not all(_is_number(scaler.get(key)) for key in SCALER)):
+        return "scale of float16 (engine.scaler)"
+    if not isinstance(train, dict) or not all(_is_count(train.get(key)) for key in ("step", "samples_seen")):
+        return "place in the run (train.step, train.samples_seen)"
+    return None if isinstance(state.get("method", {}), dict) else "memory of the method (method)"
+
+
 def _is_table(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items()
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_count(value: object) -> bool:

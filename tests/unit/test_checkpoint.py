@@ -16,6 +16,7 @@ import torch
 from esam_dist.checkpoint import Checkpoints, read
 from esam_dist.checksum import sha256
 from esam_dist.errors import CheckpointNotWrittenError, LossNotFiniteError, StateNotFiniteError, UserError
+from esam_dist.soundness import SCALER
 
 
 class Killed(BaseException):
@@ -204,7 +205,7 @@ NOT_FINITE = {
         state(2), torch.tensor([value]), "engine", "optimizer", "weights", "momentum_buffer"
     ),
     "half": lambda value: with_value(state(2), torch.tensor([value]).half(), "engine", "model", "weights"),
-    "scale": lambda value: with_value(state(2), {"scale": value, "_growth_tracker": 0}, "engine", "scaler"),
+    "scale": lambda value: with_value(state(2), dict.fromkeys(SCALER, 1) | {"scale": value}, "engine", "scaler"),
 }
 
 
@@ -242,6 +243,7 @@ UNSOUND = {
     "momentum a list": lambda: with_value(state(2), [1.0], "engine", "optimizer", "weights"),
     "a step below zero": lambda: with_value(state(2), -1, "train", "step"),
     "a step that is text": lambda: with_value(state(2), "2", "train", "step"),
+    "a scale without its rule": lambda: with_value(state(2), {"scale": 1.0}, "engine", "scaler"),
     "method a number": lambda: with_value(state(2), 3, "method"),
 }
 
@@ -344,7 +346,8 @@ def test_what_reads_otherwise_than_it_was_written_takes_no_place(checkpoints, mo
 def mounted(folder, options):
     """A file system of its own at `folder`; needs root."""
     folder.mkdir(exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here: not root, or a container without the right")
     try:
         yield
