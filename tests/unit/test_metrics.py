@@ -141,6 +141,16 @@ def test_a_loss_that_is_not_finite_is_counted(metrics, loss):
     assert metrics.registry.get_sample_value("esam_loss_not_finite_total") == 1
 
 
+def test_a_checkpoint_that_was_not_written_is_counted_and_is_not_the_last(tmp_path, metrics):
+    sample = metrics.registry.get_sample_value
+    assert sample("esam_checkpoint_failures_total") == 0
+    metrics.checkpoint_saved(10, 0.5)
+    metrics.checkpoint_failed(20)
+    assert sample("esam_checkpoint_failures_total") == 1
+    assert sample("esam_checkpoint_last_step") == 10
+    assert jsonl.read(tmp_path)[-1] == {"kind": "checkpoint_failed", "step": 20}
+
+
 def test_jsonl_rows_have_the_keys_of_the_contract_in_order(tmp_path, metrics):
     metrics.train(ROW)
     metrics.validation(VALIDATION)
