@@ -58,7 +58,12 @@ def before_metadata(path: Path, content: str) -> None:
     write_file(path, content)
 
 
-torch.save = lambda state, file: save(state, Half(file))
+def save_by_halves(state: object, file: object, **options: bool) -> None:
+    # Gloo's messages are saved too.
+    save(state, Half(file) if isinstance(file, checkpoint._Hashed) else file, **options)
+
+
+torch.save = save_by_halves
 Path.rename = before_rename
 checkpoint.sha256, checkpoint.write_file = before_checksum, before_metadata
 

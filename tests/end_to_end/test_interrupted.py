@@ -192,23 +192,18 @@ def test_on_two_ranks_both_go_on_without_a_checkpoint_and_both_end_without_the_l
     assert [row["step"] for row in rows(tmp_path / "run", "checkpoint_failed")] == [2, 4, 5]
 
 
-def test_a_run_that_diverged_goes_on_by_the_command_that_its_error_names(tiny, tmp_path):
+def test_in_another_folder_a_run_goes_on_from_a_checkpoint_with_another_rate_and_then_from_its_own(tiny, tmp_path):
     run = ("train", tiny, f"run.folder={tmp_path / 'run'}", *SHORT)
     assert here(*run, "train.max_steps=5").status == 0
-    diverged = here(*run[:3], *SHORT, "optim.lr=1e30", "optim.warmup_epochs=0", f"run.folder={tmp_path / 'wild'}",
-                    f"run.resume={tmp_path / 'run'}", "train.max_steps=6", "train.log_every=100")  # fmt: skip
-    assert diverged.status == 2
-    assert "not finite" in diverged.err
-    assert here(*run, "optim.lr=0.01").status == 2, "the folder keeps to its configuration"
-    # The first run's own way back, were it the one that diverged.
-    ended = here(*run, "method.rho=0.1")
-    named = re.search(r"run\.resume=(\S+) ", ended.err)[1]
+    # The folder keeps to its configuration, and says what to do instead.
+    named = re.search(r"run\.resume=(\S+) ", here(*run, "optim.lr=0.01").err)[1]
     again = ("train", tiny, *SHORT, f"run.folder={tmp_path / 'new'}", f"run.resume={named}", "optim.lr=0.01")
     assert here(*again, "train.max_steps=7").status == 0
     assert [row["step"] for row in rows(tmp_path / "new")] == [6, 7]
     # By the same command it goes on from its own, not from where it began.
-    assert here(*again).status == 0
-    assert [row["step"] for row in rows(tmp_path / "new")] == list(range(6, 21))
+    assert here(*again, "train.max_steps=9").status == 0
+    assert [row["step"] for row in rows(tmp_path / "new")] == [6, 7, 8, 9]
+    assert rows(tmp_path / "new")[-1]["restarts"] == 1
 
 
 def test_the_error_of_a_loss_that_is_not_finite_names_the_checkpoint_and_the_command(tiny, tmp_path, monkeypatch):
@@ -251,7 +246,7 @@ def test_weights_that_are_not_finite_are_counted_like_a_loss_and_not_saved(tiny,
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000005"]
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_without_momentum_continues_under_zero(tiny, tmp_path, stage):
     run = ("train", tiny, f"run.folder={tmp_path / 'run'}", "optim.momentum=0", "train.epochs=2")
     answers = on_ranks(*run, "train.max_steps=5")
@@ -286,7 +281,7 @@ def test_a_continued_run_does_not_keep_the_checkpoint_in_memory(undisturbed, tin
 
     monkeypatch.setattr(cli, "train", look_around)
     assert here("train", tiny, f"run.folder={folder}", *SHORT, "train.epochs=3").status == 0
-    assert [thing for thing in held if isinstance(thing["engine"], dict)] == []
+    assert [thing for thing in held if "optimizer" in thing["engine"]] == []
 
 
 def test_evaluate_scores_the_newest_sound_checkpoint(undisturbed, tmp_path):
