@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esam_dist.errors import UserError, printable
-from esam_dist.ranks import Ranks
+
+if TYPE_CHECKING:
+    from esam_dist.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
