@@ -114,11 +114,12 @@ class WeightAverage:
 def averaged_model(model: dict[str, Tensor], average: dict[str, Any]) -> dict[str, Tensor]:
     """The averaged weights, with their BatchNorm statistics, in the form of `model`, the raw ones of a checkpoint.
 
-    `average` is what `WeightAverage.state_dict` has saved; what it does not hold (frozen weights) is taken from `model`.
+    `average` is what `WeightAverage.state_dict` has saved; frozen weights, which it does not hold, are `model`'s.
     """
     copies = average["copies"]
     means = {name: torch.stack([copy[name] for copy in copies]).mean(0) for name in (copies[0] if copies else {})}
-    return model | {name: mean.to(model[name].dtype) for name, mean in means.items()} | average["statistics"]
+    statistics: dict[str, Tensor] = average["statistics"]
+    return model | {name: mean.to(model[name].dtype) for name, mean in means.items()} | statistics
 
 
 class Summing(Protocol):

@@ -21,17 +21,20 @@ from torch import nn
 
 from esam_dist import __version__, config, launch, report
 from esam_dist.averaging import WeightAverage, averaged_model
-from esam_dist.checkpoint import Checkpoints, State, read
+from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import build_engine
 from esam_dist.errors import LossNotFiniteError, UserError
 from esam_dist.evaluate import evaluate
+from esam_dist.lock import locked
 from esam_dist.metrics import Metrics, rewind
 from esam_dist.models import Classifier, build_model, compile_network
 from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks, joined
+from esam_dist.resume import check_network, choose, find_state
 from esam_dist.run_folder import History, note_not_finite, open_run_folder, read_history
 from esam_dist.sharpness_aware import SharpnessAware
+from esam_dist.soundness import State
 from esam_dist.train import Training, final_step, train
 
 USER_ERROR = 2
@@ -116,43 +119,50 @@ def _train(args: argparse.Namespace) -> int:
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, data.num_classes)
-    folder = open_run_folder(cfg, ranks)
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
-    saved = _find_state(cfg, checkpoints, module) if ranks.is_first else None
-    progress = _progress(cfg, saved, read_history(folder), data) if ranks.is_first else None
-    limit = cfg.engine.collective_timeout_seconds
-    with closing(_open_metrics(cfg, ranks, folder, progress)) as metrics, joined(limit) as ranks:
-        engine = build_engine(module, cfg, ranks)
-        saved, progress = ranks.share((saved, progress))
-        assert progress is not None
-        metrics.take_up(progress)
-        trainer = SharpnessAware.over(engine, cfg.method, ranks, seed=cfg.run.seed)
-        if saved is not None:
-            engine.load_state_dict(saved["engine"])
-            trainer.state.load_state_dict(saved.get("method", {}))
-        average = _average(cfg, engine.module, progress, data.num_samples)
-        if average is not None and saved is not None:
-            average.load_state_dict(saved.get("average", {}))
-        run = Training(cfg, trainer, data, validation, metrics, checkpoints, progress, stop_requested, average)
-        try:
-            finished = train(run)
-        except LossNotFiniteError:
-            if ranks.is_first:
-                note_not_finite(folder)
-            raise
-        data.close()
+    with locked(cfg.run.folder, ranks) as check_owner:
+        folder = open_run_folder(cfg, ranks)
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, check_owner)
+        saved = find_state(cfg, checkpoints, module) if ranks.is_first else None
+        progress = _progress(cfg, saved, read_history(folder), data) if ranks.is_first else None
+        with (
+            closing(_open_metrics(cfg, ranks, folder, progress)) as metrics,
+            joined(cfg.engine.collective_timeout_seconds),
+        ):
+            trainer = SharpnessAware.over(build_engine(module, cfg, ranks), cfg.method, ranks, seed=cfg.run.seed)
+            saved, progress = ranks.share((saved, progress))
+            assert progress is not None
+            metrics.take_up(progress)
+            average = _average(cfg, module, progress)
+            run = Training(cfg, trainer, data, validation, metrics, checkpoints, progress, stop_requested, average)
+            if saved is not None:
+                _take_up(run, saved)
+            del saved  # as large as all that is trained
+            try:
+                finished = train(run)
+            except LossNotFiniteError:
+                if ranks.is_first:
+                    note_not_finite(folder)
+                raise
+            data.close()
     return 0 if finished else STOPPED
+
+
+def _take_up(run: Training, saved: State) -> None:
+    """Continue from what a checkpoint holds."""
+    run.trainer.engine.load_state_dict(saved["engine"])
+    run.trainer.state.load_state_dict(saved.get("method", {}))
+    if run.average is not None:
+        run.average.load_state_dict(saved.get("average", {}))
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     cfg = config.load(args.run_folder / "config.yaml", args.overrides)
     checkpoints = Checkpoints(args.run_folder / "checkpoints", cfg.checkpoint.keep)
-    path = _choose(checkpoints, args.checkpoint)
+    path, state = choose(checkpoints, args.checkpoint)
     ranks = Ranks.from_environment()
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = _build_module(cfg, validation.num_classes).to(ranks.device)
-    state = read(path)
-    _check_fits(path, state, cfg, module)
+    check_network(path, state, cfg, module)
     weights = state["engine"]["model"]
     if args.averaged:
         if not state.get("average"):
@@ -161,6 +171,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             )
         weights = averaged_model(weights, state["average"])
     module.load_state_dict(weights)
+    del state, weights
     with joined(cfg.engine.collective_timeout_seconds) as ranks:
         score = evaluate(module, validation, ranks)
     if ranks.is_first:
@@ -169,18 +180,6 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"over {score.num_samples} samples"
         )
     return 0
-
-
-def _choose(checkpoints: Checkpoints, wanted: str) -> Path:
-    if wanted not in ("best", "newest"):
-        return Path(wanted)
-    found = checkpoints.all()
-    if not found:
-        raise UserError(f"{checkpoints.folder}: holds no checkpoint; train first, or give --checkpoint PATH")
-    best = checkpoints.best()
-    if wanted == "best" and best is None:
-        raise UserError(f"{checkpoints.folder}: no checkpoint was validated; use --checkpoint newest")
-    return best if wanted == "best" and best is not None else found[-1]
 
 
 def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
@@ -205,29 +204,6 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
     return classifier
 
 
-def _find_state(cfg: config.Config, checkpoints: Checkpoints, module: Classifier) -> State | None:
-    if cfg.run.resume == "never":
-        return None
-    named = Path(cfg.run.resume)
-    found = checkpoints.newest() if cfg.run.resume == "auto" else (named, read(named))
-    if found is None:
-        return None
-    path, state = found
-    _check_fits(path, state, cfg, module)
-    logging.getLogger(__name__).info("continuing from %s", path)
-    return state
-
-
-def _check_fits(path: Path, state: State, cfg: config.Config, module: Classifier) -> None:
-    """Raise UserError for a checkpoint of another network."""
-    shapes = {name: value.shape for name, value in module.state_dict().items()}
-    if {name: value.shape for name, value in state["engine"]["model"].items()} != shapes:
-        raise UserError(
-            f"checkpoint {path}: holds another network than model.name = {cfg.model.name} with these classes; "
-            "use the configuration that it was trained with"
-        )
-
-
 def _progress(cfg: config.Config, saved: State | None, history: History, data: TrainData) -> Progress:
     """Where the run stands, in a process that begins now."""
     progress = Progress.of(saved["train"] if saved else None)
@@ -241,7 +217,7 @@ def _progress(cfg: config.Config, saved: State | None, history: History, data: T
     )
 
 
-def _average(cfg: config.Config, module: nn.Module, progress: Progress, num_samples: int) -> WeightAverage | None:
+def _average(cfg: config.Config, module: nn.Module, progress: Progress) -> WeightAverage | None:
     """What `train.average` asks for."""
     train = cfg.train
     if train.average == "none":

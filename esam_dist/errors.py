@@ -2,7 +2,9 @@
 
 ValueError
   UserError    one line naming key, value and remedy; the command line prints it and exits with status 2
-    LossNotFiniteError    training cannot go on; counted in the run's history
+    LossNotFiniteError           training cannot go on; counted in the run's history
+      StateNotFiniteError        the same, seen where a checkpoint would be written
+    CheckpointNotWrittenError    the disk refused a checkpoint; training goes on, unless it was the last
 """
 
 
@@ -17,3 +19,11 @@ class UserError(ValueError):
 
 class LossNotFiniteError(UserError):
     """The training loss became infinite or NaN."""
+
+
+class StateNotFiniteError(LossNotFiniteError):
+    """Weights, buffers or the optimizer's state became infinite or NaN, perhaps before the loss did."""
+
+
+class CheckpointNotWrittenError(UserError):
+    """The disk refused a checkpoint; those before it are still there."""

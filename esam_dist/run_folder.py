@@ -5,12 +5,13 @@ environment.json   versions, device, ranks, git revision, command: of the latest
 history.json       how often it was started, and ended by a loss that is not finite
 metrics.jsonl      one row per log interval and validation
 checkpoints/       see `checkpoint`
+run.lock           see `lock`; while a job trains there
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import platform
 import subprocess
 import sys
@@ -24,7 +25,10 @@ import torch
 
 from esam_dist import config
 from esam_dist.errors import UserError
+from esam_dist.files import remove_partial, write_file
 from esam_dist.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 # What may change when a run is continued: where it runs, how far, and how it is watched; not what it computes.
 MAY_CHANGE = (
@@ -53,14 +57,15 @@ def open_run_folder(cfg: config.Config, ranks: Ranks) -> Path:
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
         saved = folder / "config.yaml"
-        begun = saved.exists() and (folder / "checkpoints").exists()
+        begun = (folder / "checkpoints").exists() and (saved.exists() or any(folder.glob("checkpoints/step_*")))
         if begun:
             _refuse_another(cfg, folder)
         # Without a checkpoint nothing says that it is the same run, but that nothing was changed.
-        same = begun or (saved.exists() and saved.read_text() == config.dump(cfg))
-        saved.write_text(config.dump(cfg))
-        (folder / "environment.json").write_text(json.dumps(environment(ranks), indent=2) + "\n")
+        same = begun or (saved.exists() and saved.read_bytes() == config.dump(cfg).encode())
+        write_file(saved, config.dump(cfg))
+        write_file(folder / "environment.json", json.dumps(environment(ranks), indent=2) + "\n")
         history = read_history(folder) if same else History()
         _write_history(folder, replace(history, starts=history.starts + 1))
     except OSError as error:
@@ -69,11 +74,19 @@ def open_run_folder(cfg: config.Config, ranks: Ranks) -> Path:
 
 
 def read_history(folder: Path) -> History:
-    """The history of the run in `folder`; an empty one where none can be read."""
+    """The history of the run in `folder`; an empty one where there is none, or, with a warning, none can be read."""
+    path = folder / "history.json"
     try:
-        return History(**json.loads((folder / "history.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        history = History(**json.loads(path.read_bytes()))
+        counts = asdict(history)
+        if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts.values()):
+            raise ValueError(f"no counts: {counts}")
+    except FileNotFoundError:
         return History()
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        logger.warning("%s: cannot be read (%s); starts are counted anew", path, " ".join(str(error).split())[:120])
+        return History()
+    return history
 
 
 def note_not_finite(folder: Path) -> None:
@@ -98,13 +111,7 @@ def environment(ranks: Ranks) -> dict[str, Any]:
 
 
 def _write_history(folder: Path, history: History) -> None:
-    # Moved into place: whoever kills this process finds the old file or the new one.
-    beside = folder / "history.tmp"
-    with beside.open("w") as file:
-        file.write(json.dumps(asdict(history)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(folder / "history.json")
+    write_file(folder / "history.json", json.dumps(asdict(history)) + "\n")
 
 
 def _refuse_another(cfg: config.Config, folder: Path) -> None:
@@ -113,13 +120,20 @@ def _refuse_another(cfg: config.Config, folder: Path) -> None:
             f"run.resume = never, but run.folder = {folder} already holds checkpoints; "
             "choose another run.folder, or run.resume = auto to continue"
         )
-    before = config.flat(config.load(folder / "config.yaml"))
+    saved = folder / "config.yaml"
+    if not saved.exists() or not saved.read_bytes().strip():
+        raise UserError(
+            f"run.folder = {folder}: config.yaml is {'empty' if saved.exists() else 'missing'}, so that nothing says "
+            f"which run its checkpoints are of; write it again (`esam-dist config CONFIG > {saved}`, with the "
+            "configuration of that run), or choose another run.folder"
+        )
+    before = config.flat(config.load(saved))
     for key, value in config.flat(cfg).items():
         may_change = key in MAY_CHANGE or f"{key.partition('.')[0]}.*" in MAY_CHANGE
         if value != before[key] and not may_change:
             raise UserError(
-                f"run.folder = {folder} holds a run with {key} = {before[key]}, not {value}; "
-                "choose another run.folder, or the same configuration to continue it"
+                f"run.folder = {folder} holds a run with {key} = {before[key]}, not {value}; choose another run.folder "
+                f"(with run.resume={folder} it goes on from this run's weights), or the same configuration"
             )
 
 

@@ -17,7 +17,7 @@ from esam_dist import config
 from esam_dist.averaging import WeightAverage, recompute_batchnorm
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import Batch, TrainData, ValidationData
-from esam_dist.errors import LossNotFiniteError
+from esam_dist.errors import CheckpointNotWrittenError, LossNotFiniteError, UserError
 from esam_dist.evaluate import Evaluation, evaluate
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
 from esam_dist.progress import Progress
@@ -96,7 +96,7 @@ def train(run: Training) -> bool:
             _check_finite(row, run.checkpoints)
         accuracy = _validate(run, batches) if validates else None
         if saves or stops or validates:
-            _save(run, accuracy)
+            _save(run, accuracy, is_last=is_last)
             window.restart()
         if stops:
             return is_last
@@ -218,10 +218,9 @@ def _newly(counts: dict[str, int], before: dict[str, int]) -> dict[str, int]:
 
 def _check_finite(row: TrainRow, checkpoints: Checkpoints) -> None:
     if not math.isfinite(row.loss):
-        saved = checkpoints.all()
         raise LossNotFiniteError(
             f"the training loss is not finite at step {row.step}: lower optim.lr (now {row.lr:.3g}) or method.rho "
-            f"(now {row.rho:.3g}); newest checkpoint: {saved[-1] if saved else 'none'}"
+            f"(now {row.rho:.3g}); {checkpoints.way_back()}"
         )
 
 
@@ -262,12 +261,27 @@ def _evaluate_average(run: Training, average: WeightAverage, batches: Ahead) -> 
         return _evaluate(run)
 
 
-def _save(run: Training, accuracy: float | None) -> None:
-    start, step = time.perf_counter(), run.progress.step
+def _save(run: Training, accuracy: float | None, *, is_last: bool) -> None:
+    """Write a checkpoint. One that the disk refuses ends the run only where it was to be the last."""
+    start, step, ranks = time.perf_counter(), run.progress.step, run.trainer.ranks
     engine_state = run.trainer.engine.state_dict()
-    if run.trainer.ranks.is_first:
+    failure: UserError | None = None
+    if ranks.is_first:
         whole = {"engine": engine_state, "train": run.progress.saved(), "method": run.trainer.state.state_dict()}
         if run.average is not None:
             whole["average"] = run.average.state_dict()
-        run.checkpoints.save(whole, step, accuracy)
+        try:
+            run.checkpoints.save(whole, step, accuracy)
+        except UserError as error:
+            failure = error
+    # Told to all, so that all end, or all go on.
+    failure = ranks.share(failure)
+    if isinstance(failure, CheckpointNotWrittenError):
+        run.metrics.checkpoint_failed(step)
+        if not is_last:
+            if ranks.is_first:
+                logger.error("%s; tried again at the next", failure)
+            return
+    if failure is not None:
+        raise failure
     run.metrics.checkpoint_saved(step, time.perf_counter() - start)

@@ -105,7 +105,7 @@ class Train(Section):
     label_smoothing: BelowOne = 0.0
     """Share of the target spread evenly over all classes."""
     average: Literal["none", "ema", "lawa"] = "none"
-    """Also validate an average of the weights: `ema`: exponential, over all updates; `lawa`: mean of the latest copies."""
+    """Average of the weights, validated too: `ema`: exponential, over all updates; `lawa`: the latest copies' mean."""
     average_decay: BelowOne = 0.999
     """For `average: ema`: the largest decay; in the first updates it is smaller."""
     average_last: Count = 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +14,14 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+log = logging.getLogger("esam_dist")
+
+
 class TensorBoard:
-    """Writes scalars to `folder/tensorboard`. Raises UserError where the package is missing."""
+    """Writes scalars to `folder/tensorboard`, until the disk refuses them: that ends no training.
+
+    Raises UserError where the package is missing.
+    """
 
     def __init__(self, folder: Path) -> None:
         if find_spec("tensorboard") is None:
@@ -23,9 +30,26 @@ class TensorBoard:
             )
         self._folder = folder / "tensorboard"
         self._writer: SummaryWriter | None = None
+        self._refused = False
 
     def write(self, kind: str, values: dict[str, Any]) -> None:
         """Write the numbers of one row under `kind/`, phases under `phases/`."""
+        if self._refused:
+            return
+        try:
+            self._add(kind, values)
+        except OSError as error:
+            self._refuse(error)
+
+    def close(self) -> None:
+        """Flush and close."""
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            self._refuse(error)
+
+    def _add(self, kind: str, values: dict[str, Any]) -> None:
         writer = self._open(values["step"])
         for key, value in values.items():
             if key == "phases":
@@ -34,10 +58,10 @@ class TensorBoard:
             elif isinstance(value, int | float) and key != "step" and math.isfinite(value):
                 writer.add_scalar(f"{kind}/{key}", value, values["step"])
 
-    def close(self) -> None:
-        """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
+    def _refuse(self, error: OSError) -> None:
+        if not self._refused:
+            log.error("%s: no more events can be written (%s)", self._folder, error.strerror)
+        self._refused = True
 
     def _open(self, step: int) -> SummaryWriter:
         if self._writer is None:

@@ -54,10 +54,11 @@ COUNTERS = {
     "esam_kept_samples_total": "Training samples kept for the descent by all ranks (SDS).",
     "esam_sharp_updates_total": "Updates that were sharpness-aware, by the method's phase and interval.",
     "esam_skipped_perturbations_total": "Updates without perturbation, because the ascent gradient was not finite.",
+    "esam_checkpoint_failures_total": "Checkpoints that could not be written.",
 }
 HISTORY = {
     "esam_restarts_total": "Starts of this run after the first.",
-    "esam_loss_not_finite_total": "Ends of this run because the training loss was not finite.",
+    "esam_loss_not_finite_total": "Ends of this run because the training loss, or a weight, was not finite.",
 }
 OPTIONAL = {"esam_sharpness", "esam_selection_threshold"}
 SKIPPED = ("esam_skipped_samples_total", "Samples that this rank could not read, by reason.")
@@ -144,6 +145,10 @@ class Exposition(Collector):
             self.set("esam_validation_best_epoch", row.epoch)
         self._skip(row.skipped_samples)
         self.observe("validate", row.seconds)
+
+    def checkpoint_failed(self) -> None:
+        """Count a checkpoint that could not be written."""
+        self._counters["esam_checkpoint_failures_total"].inc()
 
     def observe(self, phase: str, seconds: float) -> None:
         """Add one duration to the histogram of phases."""

@@ -103,6 +103,12 @@ class Metrics:
         if self._console:
             self._console.checkpoint(step, seconds)
 
+    def checkpoint_failed(self, step: int) -> None:
+        """Report that the checkpoint of `step` could not be written; every rank calls it."""
+        self.pulse.beat()
+        self._prometheus.checkpoint_failed()
+        self._write("checkpoint_failed", {"step": step})
+
     def close(self) -> None:
         """Push the final values to `metrics.gateway`, if set, and close every sink, whatever another one raises."""
         with ExitStack() as stack:

@@ -128,6 +128,18 @@ def test_a_loss_that_is_not_finite_fires_after_the_restart(watched, fires):
     fires({5: [], 7: ["EsamLossNotFinite"], 50: ["EsamLossNotFinite"], 75: []})
 
 
+def test_a_checkpoint_that_could_not_be_written_fires_for_an_hour(watched, fires):
+    watched.start()
+    for minute in range(1, 91):
+        watched.train(10 * minute)
+        if minute == 10:
+            watched.metrics.checkpoint_failed(100)
+        elif minute % 10 == 0:
+            watched.metrics.checkpoint_saved(10 * minute, 0.1)
+        watched.scrape()
+    fires({9: [], 20: ["EsamCheckpointFailing"], 85: []})
+
+
 def test_a_shard_that_is_found_broken_once_fires(watched, fires):
     watched.start()
     for minute in range(1, 31):

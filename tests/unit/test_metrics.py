@@ -1,5 +1,6 @@
 """The sinks of one rank: what a scraper, a reader of metrics.jsonl and somebody at a terminal get."""
 
+import errno
 import json
 import logging
 import math
@@ -142,6 +143,16 @@ def test_a_loss_that_is_not_finite_is_counted(metrics, loss):
     assert metrics.registry.get_sample_value("esam_loss_not_finite_total") == 1
 
 
+def test_a_checkpoint_that_was_not_written_is_counted_and_is_not_the_last(tmp_path, metrics):
+    sample = metrics.registry.get_sample_value
+    assert sample("esam_checkpoint_failures_total") == 0
+    metrics.checkpoint_saved(10, 0.5)
+    metrics.checkpoint_failed(20)
+    assert sample("esam_checkpoint_failures_total") == 1
+    assert sample("esam_checkpoint_last_step") == 10
+    assert jsonl.read(tmp_path)[-1] == {"kind": "checkpoint_failed", "step": 20}
+
+
 def test_jsonl_rows_have_the_keys_of_the_contract_in_order(tmp_path, metrics):
     metrics.train(ROW)
     metrics.validation(VALIDATION)
@@ -241,6 +252,32 @@ def test_tensorboard_gets_numbers_and_phases(tmp_path):
     assert {"train/loss", "phases/ascent", "validation/accuracy"} <= tags
     assert "train/sharpness" not in tags
     assert events.Scalars("train/loss")[0].value == 1.25
+
+
+class FullDisk:
+    """A writer of TensorBoard's on a disk without room."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def add_scalar(self, *args):
+        self.calls += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_events_that_a_full_disk_refuses_end_nothing_and_are_said_once(tmp_path, caplog):
+    metrics = build(tmp_path, tensorboard=True)
+    writer = metrics._board._writer = FullDisk()
+    for _ in range(3):
+        metrics.train(ROW)
+    metrics.close()
+    assert writer.calls == 1
+    lines = [record.getMessage() for record in caplog.records if "tensorboard" in record.getMessage()]
+    assert lines == [f"{tmp_path / 'tensorboard'}: no more events can be written (No space left on device)"]
+    assert len(jsonl.read(tmp_path)) == 3
 
 
 def test_progress_is_nearly_free(metrics):

@@ -1,6 +1,8 @@
 """The run folder: what it says of a run, and how it keeps two runs apart."""
 
+import errno
 import json
+import os
 from importlib import metadata
 from pathlib import Path
 
@@ -90,12 +92,64 @@ def test_another_run_in_the_folder_has_a_history_of_its_own(folder):
     assert read_history(folder) == History(starts=1)
 
 
-@pytest.mark.parametrize("text", ["", '{"starts": 3', "[]", '{"ends": 3}'])
-def test_a_history_that_cannot_be_read_begins_anew(folder, text):
+NO_HISTORIES = [
+    *("", '{"starts": 3', "[]", '{"ends": 3}', '{"starts": "3"}', '{"starts": null}', '{"starts": -1}', "null", "3"),
+    *(
+        '{"starts": true}',
+        '{"starts": 1.5}',
+        '{"starts": [1]}',
+        '{"not_finite": {}}',
+        "[" * 1000,
+        '{"starts": ' * 100_000,
+    ),
+]
+
+
+@pytest.mark.parametrize("text", NO_HISTORIES, ids=range(len(NO_HISTORIES)))
+def test_a_history_that_cannot_be_read_begins_anew_with_one_word(folder, text, caplog):
     open_run_folder(configured(folder), Ranks())
     (folder / "history.json").write_text(text)
     open_run_folder(configured(folder), Ranks())
+    assert len(caplog.records) == 1
+    assert "history.json: cannot be read" in caplog.text
     assert read_history(folder) == History(starts=1)
+
+
+FILES = ["config.yaml", "environment.json", "history.json"]
+
+
+@pytest.mark.parametrize("refused", FILES)
+def test_a_full_disk_at_the_start_is_one_line_and_every_file_is_whole(folder, monkeypatch, refused):
+    open_run_folder(configured(folder), Ranks())
+    before = {name: (folder / name).read_text() for name in FILES}
+    fsync = os.fsync
+
+    def full(number):
+        if Path(os.readlink(f"/proc/self/fd/{number}")).name.startswith(f".{refused}."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        open_run_folder(configured(folder), Ranks())
+    assert (folder / refused).read_text() == before[refused]
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+
+
+def test_what_a_killed_start_left_is_cleared_away(folder):
+    open_run_folder(configured(folder), Ranks())
+    (folder / ".config.yaml.1234abcd.partial").write_text("run:")
+    open_run_folder(configured(folder), Ranks())
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize("text", ["", "\n", None])
+def test_checkpoints_without_a_config_are_not_taken_for_those_of_another_run(folder, text):
+    (begun(folder) / "checkpoints" / "step_00000001").mkdir()
+    (folder / "config.yaml").unlink() if text is None else (folder / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config.yaml is (empty|missing).*write it again") as error:
+        open_run_folder(configured(folder, "method.rho=0.1"), Ranks())
+    assert "method.rho" not in str(error.value)
 
 
 def test_a_new_run_over_an_old_one_is_refused(folder):

@@ -1,0 +1,293 @@
+"""What comes between a run and its folder: kills in the middle of a save, a second job, a full disk, divergence."""
+
+import gc
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from esam_dist import cli
+from esam_dist.checkpoint import read
+from tests.commands import TIMEOUT_SECONDS, environment, here, on_ranks, rows, wait_for
+
+pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS)
+
+SHORT = ("train.epochs=2", "checkpoint.every_steps=5")
+"""20 steps of one rank."""
+CLOCK = {"images_per_second", "step_seconds", "data_wait_seconds", "phases", "time", "seconds", "restarts"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    """20 steps of one rank."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert here("train", tiny, f"run.folder={folder}", *SHORT).status == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed_on_two(tiny, tmp_path_factory):
+    """20 steps of two ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed_on_two")
+    answers = on_ranks("train", tiny, f"run.folder={folder}", "checkpoint.every_steps=5")
+    assert [answer.status for answer in answers] == [0, 0], answers[0].err
+    return folder
+
+
+def same(left, right):
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def assert_the_same_run(folder, undisturbed):
+    """Weights, momentum and rows are equal to the last bit."""
+    final = "checkpoints/step_00000020"
+    assert same(read(folder / final), read(undisturbed / final))
+    both = [map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) for run in (folder, undisturbed)]
+    kept = [[{key: row[key] for key in row.keys() - CLOCK} for row in run] for run in both]
+    assert kept[0] == kept[1]
+    names = [{path.name for path in (run / "checkpoints").iterdir()} for run in (folder, undisturbed)]
+    assert names[0] == names[1]
+
+
+def killed_in_save(launcher, place, folder, tiny, *overrides):
+    """Run `launcher` with ranks that die while they save step 10."""
+    command = [*launcher, str(Path(__file__).with_name("die_in_save.py")), "train", str(tiny), f"run.folder={folder}"]
+    env = environment(DIE_WHEN=f"10 {place}", MARK=str(folder.parent / "mark"))
+    return subprocess.run(
+        [*command, *overrides], env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+    )
+
+
+@pytest.mark.parametrize("place", ["half", "checksum", "metadata", "rename"])
+def test_20_steps_killed_in_the_middle_of_a_save_continue_to_the_bit(undisturbed, tiny, tmp_path, place):
+    folder = tmp_path / "run"
+    ended = killed_in_save([sys.executable], place, folder, tiny, *SHORT)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert (tmp_path / "mark").exists()
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_00000005", ".partial_step_00000010"}
+    assert here("train", tiny, f"run.folder={folder}", *SHORT).status == 0
+    assert_the_same_run(folder, undisturbed)
+
+
+def test_torchrun_starts_two_ranks_again_at_once_after_a_kill_in_a_save(undisturbed_on_two, tiny, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    folder = tmp_path / "run"
+    ended = killed_in_save([*launcher, "--max-restarts=1"], "half", folder, tiny, "checkpoint.every_steps=5")
+    assert ended.returncode == 0, ended.stderr
+    assert "is gone" in ended.stderr
+    assert json.loads((folder / "history.json").read_text())["starts"] == 2
+    assert_the_same_run(folder, undisturbed_on_two)
+    assert not (folder / "run.lock").exists()
+
+
+def test_a_second_job_in_the_folder_is_refused_by_host_and_process_and_harms_nothing(tiny, tmp_path):
+    long = ("train.epochs=10000", "train.validate_every=10000", "checkpoint.every_steps=2")
+    command = [sys.executable, "-m", "esam_dist", "train", str(tiny), f"run.folder={tmp_path / 'run'}", *long]
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+        try:
+            wait_for(lambda: list(tmp_path.glob("run/checkpoints/step_*")))
+            second = here("train", tiny, f"run.folder={tmp_path / 'run'}", *long)
+            assert second.status == 2
+            assert second.err.count("\n") == 1
+            assert f"process {first.pid} on {os.uname().nodename} trains there" in second.err
+            assert "choose another run.folder" in second.err
+            before = rows(tmp_path / "run")[-1]["step"]
+            wait_for(lambda: rows(tmp_path / "run")[-1]["step"] > before + 4)
+            first.terminate()
+            assert first.wait(TIMEOUT_SECONDS) == 143, (tmp_path / "log").read_text()
+        finally:
+            first.kill()
+            first.wait()
+    assert json.loads((tmp_path / "run/history.json").read_text())["starts"] == 1
+    assert not (tmp_path / "run/run.lock").exists()
+
+
+@contextmanager
+def small_disk(folder, size):
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here: not root, or a container without the right")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def fill(path):
+    """Leave no room on the disk of `path`."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12):
+            try:
+                while file.write(bytes(size)):
+                    pass
+            except OSError:
+                continue
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_run(undisturbed, tiny, tmp_path, monkeypatch, caplog):
+    """Full at steps 10 and 15, with room again at step 20."""
+    save = cli.Checkpoints.save
+
+    def save_on_a_changing_disk(checkpoints, state, step, accuracy=None):
+        ballast = checkpoints.folder.parent.parent / "ballast"
+        if step == 10:
+            fill(ballast)
+        if step == 20:
+            ballast.unlink()
+        return save(checkpoints, state, step, accuracy)
+
+    monkeypatch.setattr(cli.Checkpoints, "save", save_on_a_changing_disk)
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        assert here("train", tiny, f"run.folder={disk / 'run'}", *SHORT).status == 0
+        lines = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+        refused = [line for line in lines if line.startswith("checkpoint of step")]
+        assert [line.split(":")[0] for line in refused] == ["checkpoint of step 10", "checkpoint of step 15"]
+        assert all("No space left on device" in line and "tried again" in line for line in refused)
+        final = "checkpoints/step_00000020"
+        assert same(read(disk / "run" / final), read(undisturbed / final))
+        assert [row["step"] for row in rows(disk / "run")] == list(range(1, 21))
+        assert [row["step"] for row in rows(disk / "run", "checkpoint_failed")] == [10, 15]
+        assert {path.name for path in (disk / "run/checkpoints").iterdir()} == {"step_00000005", "step_00000020"}
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_one_line_and_status_2(tiny, tmp_path):
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        assert here("train", tiny, f"run.folder={disk / 'run'}", *SHORT, "train.max_steps=5").status == 0
+        stay = shutil.disk_usage(disk).free - 150_000
+        (disk / "ballast").write_bytes(bytes(stay))
+        ended = here("train", tiny, f"run.folder={disk / 'run'}", *SHORT, "train.max_steps=7")
+        assert ended.status == 2
+        assert re.fullmatch(
+            r"esam-dist: error: checkpoint of step 7: cannot be written .*No space left.*step_00000005\n", ended.err
+        )
+        (disk / "ballast").unlink()
+        assert here("train", tiny, f"run.folder={disk / 'run'}", *SHORT, "train.max_steps=7").status == 0
+
+
+def test_on_two_ranks_both_go_on_without_a_checkpoint_and_both_end_without_the_last(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    run = ("train", tiny, f"run.folder={tmp_path / 'run'}", "train.epochs=1", "checkpoint.every_steps=2")
+
+    def put_a_file_in_place_of_the_folder(pids):
+        # Seen to be empty at the start, and in the way from the first checkpoint on.
+        wait_for((tmp_path / "run/metrics.jsonl").exists)
+        (tmp_path / "run/checkpoints").write_text("")
+
+    answers = on_ranks(*run, meanwhile=put_a_file_in_place_of_the_folder)
+    assert [answer.status for answer in answers] == [2, 2], answers[0].err
+    assert "checkpoint of step 5: cannot be written" in answers[0].err.splitlines()[-1]
+    assert "rank 1: checkpoint of step 5: cannot be written" in answers[1].err.splitlines()[-1]
+    assert [row["step"] for row in rows(tmp_path / "run", "checkpoint_failed")] == [2, 4, 5]
+
+
+def test_in_another_folder_a_run_goes_on_from_a_checkpoint_with_another_rate_and_then_from_its_own(tiny, tmp_path):
+    run = ("train", tiny, f"run.folder={tmp_path / 'run'}", *SHORT)
+    assert here(*run, "train.max_steps=5").status == 0
+    # The folder keeps to its configuration, and says what to do instead.
+    named = re.search(r"run\.resume=(\S+) ", here(*run, "optim.lr=0.01").err)[1]
+    again = ("train", tiny, *SHORT, f"run.folder={tmp_path / 'new'}", f"run.resume={named}", "optim.lr=0.01")
+    assert here(*again, "train.max_steps=7").status == 0
+    assert [row["step"] for row in rows(tmp_path / "new")] == [6, 7]
+    # By the same command it goes on from its own, not from where it began.
+    assert here(*again, "train.max_steps=9").status == 0
+    assert [row["step"] for row in rows(tmp_path / "new")] == [6, 7, 8, 9]
+    assert rows(tmp_path / "new")[-1]["restarts"] == 1
+
+
+def test_the_error_of_a_loss_that_is_not_finite_names_the_checkpoint_and_the_command(tiny, tmp_path, monkeypatch):
+    run = ("train", tiny, f"run.folder={tmp_path / 'run'}", *SHORT)
+    assert here(*run, "train.max_steps=5").status == 0
+    train = cli.train
+
+    def from_weights_that_overflow(engine, *args):
+        with torch.no_grad():
+            next(engine.module.parameters()).fill_(float("inf"))
+        return train(engine, *args)
+
+    monkeypatch.setattr(cli, "train", from_weights_that_overflow)
+    ended = here(*run)
+    newest = tmp_path / "run/checkpoints/step_00000005"
+    assert ended.status == 2
+    assert f"add run.folder=NEW run.resume={newest} optim.lr=LOWER" in ended.err
+    monkeypatch.undo()
+    words = [f"run.folder={tmp_path / 'new'}", f"run.resume={newest}", "optim.lr=0.01"]
+    assert here("train", tiny, *SHORT, *words, "train.max_steps=6").status == 0
+
+
+def test_weights_that_are_not_finite_are_counted_like_a_loss_and_not_saved(tiny, tmp_path, monkeypatch):
+    run = ("train", tiny, f"run.folder={tmp_path / 'run'}", *SHORT)
+    assert here(*run, "train.max_steps=5").status == 0
+    train = cli.train
+
+    def with_a_statistic_that_nobody_reads_in_training(engine, *args):
+        with torch.no_grad():
+            next(buffer for buffer in engine.module.buffers() if buffer.is_floating_point()).fill_(float("nan"))
+        return train(engine, *args)
+
+    monkeypatch.setattr(cli, "train", with_a_statistic_that_nobody_reads_in_training)
+    ended = here(*run)
+    assert ended.status == 2
+    assert re.search(
+        r"running_mean is not finite at step 10, so that no checkpoint is written.*step_00000005", ended.err
+    )
+    assert json.loads((tmp_path / "run/history.json").read_text()) == {"starts": 2, "not_finite": 1}
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000005"]
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_without_momentum_continues_under_zero(tiny, tmp_path, stage):
+    run = ("train", tiny, f"run.folder={tmp_path / 'run'}", "optim.momentum=0", "train.epochs=2")
+    answers = on_ranks(*run, "train.max_steps=5")
+    assert [answer.status for answer in answers] == [0, 0], answers[0].err
+    shutil.copytree(tmp_path / "run", tmp_path / "native")
+    answers = on_ranks(*run, "engine.name=deepspeed", f"engine.zero_stage={stage}")
+    assert [answer.status for answer in answers] == [0, 0], answers[0].err
+    answers = on_ranks(*run, f"run.folder={tmp_path / 'native'}")
+    assert [answer.status for answer in answers] == [0, 0], answers[0].err
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("run", "native")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_checkpoint_of_another_optimizer_is_one_line(tiny, tmp_path):
+    assert here("train", tiny, f"run.folder={tmp_path / 'run'}", "train.max_steps=1").status == 0
+    ended = here(
+        "train", tiny, f"run.folder={tmp_path / 'other'}", f"run.resume={tmp_path / 'run'}", "optim.name=adamw"
+    )
+    assert ended.status == 2
+    assert "another optimizer (momentum_buffer) than optim.name = adamw" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_a_continued_run_does_not_keep_the_checkpoint_in_memory(undisturbed, tiny, tmp_path, monkeypatch):
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    train, held = cli.train, []
+
+    def look_around(*args):
+        gc.collect()
+        held.extend(thing for thing in gc.get_objects() if type(thing) is dict and {"engine", "train"} <= thing.keys())
+        return train(*args)
+
+    monkeypatch.setattr(cli, "train", look_around)
+    assert here("train", tiny, f"run.folder={folder}", *SHORT, "train.epochs=3").status == 0
+    assert [thing for thing in held if isinstance(thing["engine"], dict) and "optimizer" in thing["engine"]] == []
+
+
+def test_evaluate_scores_the_newest_sound_checkpoint(undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    (folder / "checkpoints/step_00000020/metadata.json").unlink()
+    answer = here("evaluate", folder, "--checkpoint", "newest")
+    assert answer.status == 0
+    assert "step_00000015: accuracy" in answer.out
+    assert "step_00000010: accuracy" in here("evaluate", folder, "--checkpoint", "step_00000010").out
