@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from esam_dist import swp
+from esam_dist.step import swp
 from esam_dist.models import Classifier, build_model
 from esam_dist.randomness import seed_step
 from esam_dist.rule import Rule
