@@ -13,7 +13,7 @@ from esam_dist.methods import METHODS, SGD, Method
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
-from esam_dist.step import StepStats
+from esam_dist.step import Moment, StepStats
 from esam_dist.train import CrossEntropy
 
 LR, RADIUS = 0.1, 0.3
@@ -67,21 +67,27 @@ class Trial:
     """Training of one network in one process, by any method in every step."""
 
     def __init__(
-        self, network: nn.Module, momentum: float = 0.0, accumulate: int = 1, seed: int = 0, lr: float = LR
+        self,
+        network: nn.Module,
+        momentum: float = 0.0,
+        accumulate: int = 1,
+        seed: int = 0,
+        lr: float = LR,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.passes = Passes(network)
         self.module = Classifier(self.passes).train()
         trainable = [param for param in self.module.parameters() if param.requires_grad]
         optimizer = torch.optim.SGD(trainable, lr, momentum=momentum)
-        self.engine = NotedEngine(self.module, optimizer, Ranks(), UpdateOptions(accumulate))
+        self.engine = NotedEngine(self.module, optimizer, Ranks(), UpdateOptions(accumulate, scaler=scaler))
         self.at_update = self.engine.at_update = []
         self.grads = self.engine.grads = []
         self.trainer = SharpnessAware.over(self.engine, PLAIN, Ranks(), seed=seed)
 
-    def train(self, batch: Batch, method: Method) -> StepStats:
-        """One micro-batch, by `method`."""
+    def train(self, batch: Batch, method: Method, moment: Moment | None = None) -> StepStats:
+        """One micro-batch, by `method`; at another `moment` than that of the updates so far."""
         self.trainer.method = method
-        return self.trainer.step(batch.images, batch.labels, CrossEntropy(0.0))
+        return self.trainer.step(batch.images, batch.labels, CrossEntropy(0.0), moment=moment)
 
 
 def step(network: nn.Module, batch: Batch, method: Method, seed: int = 0) -> StepStats:
