@@ -18,10 +18,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from esam_dist import swp
+from esam_dist.methods import ESAM
 from esam_dist.models import Classifier, build_model
 from esam_dist.randomness import seed_step
-from esam_dist.rule import Rule
+from esam_dist.step import swp
 
 B, K, SIZE = 8, 10, 32
 
@@ -138,9 +138,9 @@ class Cost:
         """Of the head score: the head's gradient on the batch, and its product with the head's inputs."""
         return 2 * self.products[-1].forward
 
-    def drawn(self, rule: Rule, seed: int = 0) -> list[nn.Parameter]:
-        """What the step with `seed` perturbs."""
-        return swp.draw(self.network, rule.swp, rule.beta, seed_step(seed)).params
+    def drawn(self, method: ESAM, seed: int = 0) -> list[nn.Parameter]:
+        """What the first step of a training with `seed` perturbs."""
+        return swp.draw(self.network, method.swp, method.beta(0.0), seed_step(seed, 0, 0, 0)).params
 
 
 @cache

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from esam_dist import selection
+from esam_dist.step import selection
 
 LIMIT = torch.finfo(torch.float32).max
 ANY = st.floats(width=32, allow_nan=True, allow_infinity=True)

@@ -7,20 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
-from esam_dist.engine.native import NativeEngine
-from esam_dist.esam import Memory, StepStats
+from esam_dist.engine.native import NativeEngine, UpdateOptions
+from esam_dist.methods import METHODS, SGD, Method
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
-from esam_dist.rule import Rule
-from esam_dist.train import micro_batch
+from esam_dist.sharpness_aware import SharpnessAware
+from esam_dist.step import Moment, StepStats
+from esam_dist.train import CrossEntropy
 
-LR = 0.1
+LR, RADIUS = 0.1, 0.3
+PLAIN = SGD()
+WHOLE: dict[str, dict[str, Any]] = {
+    "esam": {"beta": 1.0, "gamma": 1.0, "scope": "rank"},
+    "recycled": {"gamma": 1.0, "scope": "rank"},
+}
 
 
-def sam_rule(**changes: Any) -> Rule:
-    return Rule(**({"name": "esam", "rho": 0.3, "radius": 0.3} | changes))
+def sharp(name: str = "esam", **keys: Any) -> Method:
+    """A method that climbs by `RADIUS`, with all weights and for all samples where `keys` do not say otherwise."""
+    return METHODS[name](**({"rho": RADIUS} | WHOLE.get(name, {}) | keys))
 
 
 def digits_batch(size: int = 12, dtype: torch.dtype = torch.float32) -> Batch:
@@ -44,36 +50,49 @@ class Passes(nn.Module):
         return self.network(images)
 
 
-class Trial(NativeEngine):
-    """An engine on one network, with its optimizer, that notes weights and gradients when an update begins."""
+class NotedEngine(NativeEngine):
+    """An engine that notes weights and gradients when a micro-batch ends, before the weights move."""
 
-    def __init__(self, network: nn.Module, momentum: float = 0.0, accumulate: int = 1) -> None:
-        self.passes = Passes(network)
-        module = Classifier(self.passes).train()
-        trainable = [param for param in module.parameters() if param.requires_grad]
-        optimizer = torch.optim.SGD(trainable, LR, momentum=momentum)
-        super().__init__(module, optimizer, Ranks(), accumulate=accumulate)
-        self.memory = Memory()
-        self.at_update: list[list[Tensor]] = []
-        self.grads: list[list[Tensor | None]] = []
+    at_update: list[list[Tensor]]
+    grads: list[list[Tensor | None]]
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float | None) -> Tensor:
         params = list(self.module.parameters())
         self.at_update.append(weights(self.module))
         self.grads.append([None if param.grad is None else param.grad.clone() for param in params])
         return super().step(lr)
 
-    def train(self, batch: Batch, rule: Rule, seed: tuple[int, ...] = (0,), group_size: int = 0) -> StepStats:
-        """One micro-batch, as the loop would make it; the statistics are its last group's."""
-        ranks, clock = Ranks(), PhaseClock(torch.device("cpu"))
-        return [
-            *micro_batch(self, batch, rule, group_size, lr=LR, ranks=ranks, seed=seed, clock=clock, memory=self.memory)
-        ][-1]
+
+class Trial:
+    """Training of one network in one process, by any method in every step."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        momentum: float = 0.0,
+        accumulate: int = 1,
+        seed: int = 0,
+        lr: float = LR,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.passes = Passes(network)
+        self.module = Classifier(self.passes).train()
+        trainable = [param for param in self.module.parameters() if param.requires_grad]
+        optimizer = torch.optim.SGD(trainable, lr, momentum=momentum)
+        self.engine = NotedEngine(self.module, optimizer, Ranks(), UpdateOptions(accumulate, scaler=scaler))
+        self.at_update = self.engine.at_update = []
+        self.grads = self.engine.grads = []
+        self.trainer = SharpnessAware.over(self.engine, PLAIN, Ranks(), seed=seed)
+
+    def train(self, batch: Batch, method: Method, moment: Moment | None = None) -> StepStats:
+        """One micro-batch, by `method`; at another `moment` than that of the updates so far."""
+        self.trainer.method = method
+        return self.trainer.step(batch.images, batch.labels, CrossEntropy(0.0), moment=moment)
 
 
-def step(network: nn.Module, batch: Batch, rule: Rule, seed: tuple[int, ...] = (0,)) -> StepStats:
+def step(network: nn.Module, batch: Batch, method: Method, seed: int = 0) -> StepStats:
     """One step of SGD without momentum."""
-    return Trial(network).train(batch, rule, seed)
+    return Trial(network, seed=seed).train(batch, method)
 
 
 def weights(module: nn.Module) -> list[Tensor]:

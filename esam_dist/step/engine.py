@@ -106,7 +106,7 @@ class Engine(ABC):
         found = Vector([param for param, _ in used], [grad for _, grad in used])
         one = torch.ones((), device=loss.device)
         scale = self.scale(one)
-        if scale is not one:
+        if scale is not one and found.tensors:
             torch._foreach_mul_(found.tensors, one / scale)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +26,22 @@ class Vector:
     over_shards: Callable[[Tensor], Tensor] | None = None
 
     def __add__(self, other: Vector) -> Vector:
-        return self._like(torch._foreach_add(self.tensors, other.tensors))
+        return self._each(torch._foreach_add, other.tensors)
 
     def __sub__(self, other: Vector) -> Vector:
-        return self._like(torch._foreach_sub(self.tensors, other.tensors))
+        return self._each(torch._foreach_sub, other.tensors)
 
     def __mul__(self, factor: float | Tensor) -> Vector:
-        return self._like(torch._foreach_mul(self.tensors, factor))
+        return self._each(torch._foreach_mul, factor)
 
     def lerp(self, other: Vector, share: float) -> Vector:
         """`self + share * (other - self)`."""
-        return self._like(torch._foreach_lerp(self.tensors, other.tensors, share))
+        return self._each(torch._foreach_lerp, other.tensors, share)
 
     def mul_(self, factor: list[Tensor]) -> Vector:
         """Multiplied elementwise, in place."""
-        torch._foreach_mul_(self.tensors, factor)
+        if self.tensors:
+            torch._foreach_mul_(self.tensors, factor)
         return self
 
     def clear_(self) -> Vector:
@@ -50,6 +52,8 @@ class Vector:
 
     def dot(self, other: Vector) -> Tensor:
         """The inner product, a scalar on the device."""
+        if not self.tensors:
+            return torch.zeros(())
         products = torch._foreach_mul(self.tensors, other.tensors)
         total = torch.stack([product.sum() for product in products]).sum()
         return total if self.over_shards is None else self.over_shards(total)
@@ -59,7 +63,9 @@ class Vector:
         norm = torch.nn.utils.get_total_norm(self.tensors)
         return norm if self.over_shards is None else self.over_shards(norm.square()).sqrt()
 
-    def _like(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> Vector:
+    def _each(self, operation: Callable[..., Any], *arguments: Any) -> Vector:
+        # Torch's operations on lists refuse an empty one, and a step may draw no weight that has a part in the pass.
+        tensors = operation(self.tensors, *arguments) if self.tensors else ()
         return Vector(self.params, list(tensors), self.over_shards)
 
 

@@ -1,17 +1,15 @@
 """BatchNorm's statistics move once for each pass over the data, at the unperturbed weights, whatever a step does."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from esam_dist.batchnorm import GroupStatistics, frozen_batchnorm
 from esam_dist.data import Batch
 from esam_dist.models import build_model
-from esam_dist.rule import Rule
-from tests.steps import Trial, digits_batch, sam_rule
+from esam_dist.step.batchnorm import GroupStatistics, frozen_batchnorm
+from tests.steps import PLAIN, RADIUS, Trial, digits_batch, sharp
 
 
 class Net(nn.Module):
@@ -57,19 +55,16 @@ def test_group_statistics_are_the_mean_of_what_each_group_would_leave():
     assert net.num_batches_tracked == 1
 
 
-RULES = {
-    **{f"score {score}": sam_rule(gamma=0.5, score=score) for score in ("forward", "head", "loss", "random")},
-    **{f"swp {mode}": sam_rule(beta=0.5, gamma=0.5, swp=mode) for mode in ("tensor", "element", "suffix", "norm")},
-    "sgd": Rule(),
-    "sam": sam_rule(name="sam"),
-    "asam": sam_rule(name="asam", adaptive_eta=0.01),
-    "gsam": sam_rule(name="gsam", descent="gsam", alpha=0.2),
-    "looksam": sam_rule(name="looksam", descent="looksam", alpha=0.2),
-    "recycled": sam_rule(gamma=0.5, descent="recycled"),
-    "recycled, random": sam_rule(gamma=0.5, descent="recycled", score="random"),
-    "global": sam_rule(gamma=0.5, scope="global"),
-    "thresholds": sam_rule(gamma=0.5, scope="global", transport="thresholds"),
-    "capacity": sam_rule(gamma=0.5, scope="global", capacity_factor=1.5),
+METHODS = {
+    **{f"score {score}": sharp(gamma=0.5, score=score) for score in ("forward", "head", "loss", "random")},
+    **{f"swp {mode}": sharp(beta=0.5, gamma=0.5, swp=mode) for mode in ("tensor", "element", "suffix", "norm")},
+    **{name: sharp(name) for name in ("sam", "asam", "gsam", "looksam")},
+    "sgd": PLAIN,
+    "recycled": sharp("recycled", gamma=0.5, score="forward"),
+    "recycled, random": sharp("recycled", gamma=0.5),
+    "global": sharp(gamma=0.5, scope="global"),
+    "thresholds": sharp(gamma=0.5, scope="global", transport="thresholds"),
+    "capacity": sharp(gamma=0.5, scope="global", capacity_factor=1.5),
 }
 
 
@@ -92,53 +87,74 @@ def network():
     return build_model("cifar_resnet8", 10)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_statistics_move_once_at_the_unperturbed_weights(network, rule):
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_statistics_move_once_at_the_unperturbed_weights(network, method):
     batch = digits_batch()
     expected = after_passes(network, batch.images)
-    assert not Trial(network).train(batch, rule).skipped
+    assert not Trial(network).train(batch, method).skipped
     assert_buffers(network, expected)
+
+
+@pytest.mark.parametrize("direction", ["average", "residual"])
+@pytest.mark.parametrize("name", ["esam", "recycled"])
+def test_along_a_moving_average_they_move_once_at_the_unperturbed_weights(network, name, direction):
+    batch, trial = digits_batch(), Trial(network)
+    for _ in range(2):
+        expected = after_passes(network, batch.images)
+        assert not trial.train(batch, sharp(name, gamma=0.5, direction=direction)).skipped
+        assert_buffers(network, expected)
 
 
 def test_between_two_perturbations_of_looksam_they_move_once(network):
-    batch, rule, trial = digits_batch(), RULES["looksam"], Trial(network)
-    trial.train(batch, rule)
+    batch, trial = digits_batch(), Trial(network)
+    trial.train(batch, METHODS["looksam"])
     expected = after_passes(network, batch.images)
-    trial.train(batch, replace(rule, reuses=True))
+    trial.train(batch, METHODS["looksam"])
+    assert len(trial.passes.images) == 3
     assert_buffers(network, expected)
 
 
-def test_with_recycled_exact_they_move_with_the_samples_that_are_not_kept(network):
+def test_under_exact_recycling_they_move_with_the_samples_that_are_not_kept(network):
     batch, trial = digits_batch(), Trial(network)
     start = copy.deepcopy(network)
-    assert trial.train(batch, sam_rule(gamma=0.25, descent="recycled_exact", score="random")).num_kept == 3
+    assert trial.train(batch, sharp("recycled", gamma=0.25, exact=True)).num_kept == 3
     rest, kept, again = trial.passes.images
     assert (len(rest), len(kept)) == (9, 3)
     assert torch.equal(kept, again)
     assert_buffers(network, after_passes(start, rest))
 
 
-def test_under_msam_they_move_at_the_perturbed_weights_the_only_ones_that_it_visits(network):
+@pytest.mark.parametrize("method", [sharp("msam"), sharp(direction="momentum")], ids=["msam", "esam"])
+def test_along_the_momentum_they_move_at_the_perturbed_weights_the_only_ones_that_are_visited(network, method):
     batch, trial = digits_batch(), Trial(network, momentum=0.9)
-    trial.train(batch, Rule())
+    trial.train(batch, PLAIN)
     perturbed = copy.deepcopy(network)
-    params = list(network.parameters())
-    momentum = trial.momentum(params)
+    momentum = trial.engine.momentum(list(network.parameters()))
     norm = torch.cat([tensor.flatten() for tensor in momentum]).norm()
     with torch.no_grad():
         for param, direction in zip(perturbed.parameters(), momentum, strict=True):
-            param.sub_(0.3 * direction / norm)
-    trial.train(batch, sam_rule(name="msam"))
+            param.sub_(RADIUS * direction / norm)
+    trial.train(batch, method)
     for (name, buffer), expected in zip(network.named_buffers(), after_passes(perturbed, batch.images), strict=True):
         torch.testing.assert_close(buffer, expected, msg=name)
 
 
+@pytest.mark.parametrize("score", ["forward", "loss", "head"])
+@pytest.mark.parametrize("direction", ["momentum", "previous"])
+def test_scores_that_need_a_pass_at_the_unperturbed_weights_move_them_there(network, direction, score):
+    batch, trial = digits_batch(), Trial(network, momentum=0.9)
+    method = sharp(gamma=0.5, direction=direction, score=score)
+    trial.train(batch, method)
+    expected = after_passes(network, batch.images)
+    trial.train(batch, method)
+    assert_buffers(network, expected)
+
+
 @pytest.mark.parametrize("name", ["sam", "score forward", "recycled", "gsam"])
 def test_they_are_the_mean_over_groups_that_each_moved_them_once(network, name):
-    batch, rule = digits_batch(), replace(RULES[name], scope="rank")
+    batch = digits_batch()
     ends = [after_passes(network, images) for images in batch.images.split(4)]
-    trial = Trial(network, accumulate=3)
-    trial.train(batch, rule, group_size=4)
+    Trial(network, accumulate=3).train(batch, METHODS[name].model_copy(update={"group_size": 4}))
     for buffer, *others in zip(network.buffers(), *ends, strict=True):
         expected = torch.stack(others).mean(0) if buffer.is_floating_point() else others[0]
         assert torch.equal(buffer, expected)
@@ -152,6 +168,6 @@ def test_every_micro_batch_of_an_update_moves_them_once(network, name):
     ]
     expected = after_passes(network, *(half.images for half in halves))
     trial = Trial(network, accumulate=2)
-    for micro, half in enumerate(halves):
-        trial.train(half, RULES[name], seed=(0, micro))
+    for half in halves:
+        trial.train(half, METHODS[name])
     assert_buffers(network, expected)

@@ -9,14 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
-from esam_dist.engine.native import NativeEngine
-from esam_dist.esam import Memory, esam_step
-from esam_dist.ranks import Ranks
-from esam_dist.rule import Rule
-
-RADIUS, LR = 0.3, 0.1
+from esam_dist.randomness import seed_step
+from esam_dist.step.swp import draw
+from tests.steps import LR, PLAIN, RADIUS, Trial, same, sharp, step, weights
 
 
 class Summed(nn.Module):
@@ -37,12 +33,6 @@ def batch() -> Batch:
     return Batch(torch.randn(6, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2]))
 
 
-def step(network: nn.Module, given: Batch, rule: Rule, lr: float) -> None:
-    engine = NativeEngine(network, torch.optim.SGD(network.parameters(), lr=lr), Ranks())
-    clock = PhaseClock(torch.device("cpu"))
-    esam_step(engine, given, rule, lr=lr, ranks=Ranks(), seed=(0,), clock=clock, memory=Memory())
-
-
 def sam_by_hand(network: nn.Module, given: Batch) -> list[Tensor]:
     """The weights after a step of SAM, on a copy."""
     network = copy.deepcopy(network)
@@ -61,7 +51,7 @@ def test_gradients_that_share_memory_are_told_apart() -> None:
     torch.manual_seed(0)
     network, given = Summed().double(), batch()
     expected = sam_by_hand(network, given)
-    step(network, given, Rule("sam", rho=RADIUS, radius=RADIUS), LR)
+    step(network, given, sharp("sam"))
     for param, value in zip(network.parameters(), expected, strict=True):
         torch.testing.assert_close(param.detach(), value, rtol=1e-12, atol=1e-12)
 
@@ -70,17 +60,45 @@ def test_gradients_that_share_memory_are_told_apart() -> None:
 def test_weights_come_back_to_the_bit(swp: str) -> None:
     torch.manual_seed(0)
     network = Summed().double()
-    before = [param.detach().clone() for param in network.parameters()]
-    step(network, batch(), Rule("esam", rho=RADIUS, radius=RADIUS, beta=0.5, gamma=0.5, swp=swp), lr=0.0)
-    assert all(torch.equal(param, value) for param, value in zip(network.parameters(), before, strict=True))
+    before = weights(network)
+    Trial(network, lr=0.0).train(batch(), sharp(beta=0.5, gamma=0.5, swp=swp))
+    assert same(weights(network), before)
 
 
-def test_a_draw_without_any_weight_is_a_step_without_perturbation() -> None:
+@pytest.mark.parametrize("direction", ["gradient", "momentum", "previous"])
+def test_a_draw_without_any_weight_is_a_step_without_perturbation(direction: str) -> None:
     """`norm` on a network without normalisation: refused by the command line, harmless here."""
     torch.manual_seed(0)
     network, given = Summed().double(), batch()
     plain = copy.deepcopy(network)
-    step(network, given, Rule("esam", rho=RADIUS, radius=RADIUS, swp="norm"), LR)
-    step(plain, given, Rule(), LR)
+    step(network, given, sharp(swp="norm", direction=direction))
+    step(plain, given, PLAIN)
     for param, value in zip(network.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(param, value, rtol=1e-14, atol=1e-14)
+
+
+class WithoutEnd(nn.Module):
+    """A network whose last parameters have no part in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(12, 3), nn.Linear(2, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.used(images.flatten(1))
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("swp", ["suffix", "tensor"])
+def test_a_draw_of_weights_without_a_part_in_the_loss_is_a_step_without_perturbation(swp: str, is_scaled: bool) -> None:
+    torch.manual_seed(0)
+    network, given, method = WithoutEnd().double(), batch(), sharp(beta=0.01, swp=swp)
+    last = network.unused.bias
+    seed = next(seed for seed in range(100) if draw(network, swp, 0.01, seed_step(seed, 0, 0, 0)).params[0] is last)
+    trial = Trial(network, seed=seed, scaler=torch.amp.GradScaler("cpu") if is_scaled else None)
+    before = weights(network)
+    assert not trial.train(given, method).skipped
+    at_w, at_w_plus_eps = trial.passes.weights
+    assert same(at_w, before)
+    assert same(at_w_plus_eps, before)
+    assert not same(weights(network.used), before[:2])

@@ -6,35 +6,24 @@ import pytest
 import torch
 from torch import nn
 
-from esam_dist.clock import PhaseClock
-from esam_dist.coordinate import Coordination
 from esam_dist.data import Batch
-from esam_dist.engine.native import NativeEngine
-from esam_dist.esam import Memory, esam_step
-from esam_dist.models import Classifier
-from esam_dist.ranks import Ranks
-from esam_dist.rule import Rule
+from esam_dist.step.choice import Choice
+from tests.steps import sharp, step, weights
 
 
-@pytest.mark.parametrize("descent", ["recycled", "recycled_exact"])
-def test_a_sample_that_is_not_finite_and_not_kept_leaves_the_weights_finite(descent, monkeypatch):
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_sample_that_is_not_finite_and_not_kept_leaves_the_weights_finite(exact, monkeypatch):
     kept = []
-    end = Coordination.end
-    monkeypatch.setattr(Coordination, "end", lambda selection: kept.append(end(selection)) or kept[-1])
-    module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)))
-    engine = NativeEngine(module, torch.optim.SGD(module.parameters(), lr=0.1), Ranks())
-    rule = Rule("esam", rho=0.05, radius=0.05, gamma=0.25, score="random", descent=descent)
-
-    def step(images):
-        batch = Batch(images, torch.zeros(8, dtype=torch.long))
-        clock = PhaseClock(torch.device("cpu"))
-        return esam_step(engine, batch, rule, lr=0.1, ranks=Ranks(), seed=(0,), clock=clock, memory=Memory())
-
-    images = torch.randn(8, 3, 2, 2)
-    assert not step(images).skipped
+    end = Choice.end
+    monkeypatch.setattr(Choice, "end", lambda choice: kept.append(end(choice)) or kept[-1])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    batch = Batch(torch.randn(8, 3, 2, 2), torch.zeros(8, dtype=torch.long))
+    method = sharp("recycled", gamma=0.25, exact=exact)
+    assert not step(network, batch, method).skipped
     not_kept = set(range(8)).difference(kept[-1].index_D.tolist())
-    before = [param.clone() for param in module.parameters()]
-    images[min(not_kept)] = torch.inf
-    assert step(images).skipped
-    assert all(param.isfinite().all() for param in module.parameters())
-    assert any(not torch.equal(param, old) for param, old in zip(module.parameters(), before, strict=True))
+    before = weights(network)
+    batch.images[min(not_kept)] = torch.inf
+    assert step(network, batch, method).skipped
+    assert torch.equal(kept[0].index_D, kept[1].index_D)
+    assert all(param.isfinite().all() for param in network.parameters())
+    assert any(not torch.equal(param, old) for param, old in zip(network.parameters(), before, strict=True))

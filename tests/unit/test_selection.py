@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from esam_dist import selection
+from esam_dist.step import selection
 from tests.scores import FRACTIONS, above_threshold, capacities, ordered, reference, some, tables
 
 # select: the exact choice

@@ -5,7 +5,7 @@ In float64, where rounding to a weight's own size does not blur the norm of a pe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from hypothesis import HealthCheck, event, given, settings
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from esam_dist.data import Batch
-from esam_dist.rule import Rule
-from tests.steps import Trial, same, weights
+from esam_dist.methods import ASAM, ESAM, Method
+from tests.steps import PLAIN, RADIUS, Trial, same, sharp, weights
 
 BATCH, INPUTS, WIDTH, CLASSES = 6, 3, 4, 3
-RADIUS = 0.3
+WITHOUT_A_PASS = ("momentum", "previous")
 
 
 @dataclass(frozen=True)
@@ -95,42 +95,38 @@ SHAPES = st.builds(
 ) | st.just(Shape(only_a_matrix=True))
 
 
-def sharp(name: str, **choices: object) -> Rule:
-    return Rule(name, rho=RADIUS, radius=RADIUS, **choices)
-
-
-COMPARED = [
-    sharp("sam"),
-    sharp("asam", adaptive_eta=0.01),
-    sharp("gsam", descent="gsam", alpha=0.3),
-    sharp("looksam", descent="looksam", alpha=0.3),
-    sharp("msam"),
-]
+COMPARED = [sharp("sam"), sharp("asam"), sharp("gsam", alpha=0.3), sharp("looksam", alpha=0.3), sharp("msam")]
 
 
 @st.composite
-def esam_rules(draw: st.DrawFn, shape: Shape) -> Rule:
-    descent = draw(st.sampled_from(["kept", "kept", "kept", "recycled", "recycled_exact"]))
-    choices: dict[str, object] = {"descent": descent, "gamma": draw(st.sampled_from([1 / BATCH, 0.5, 1.0]))}
+def selective_methods(draw: st.DrawFn, shape: Shape) -> Method:
+    name = draw(st.sampled_from(["esam", "esam", "esam", "recycled", "recycled"]))
+    keys: dict[str, object] = {"gamma": draw(st.sampled_from([1 / BATCH, 0.5, 1.0]))}
     # The head that is last registered must be the one that is used.
-    choices["score"] = draw(st.sampled_from(["forward", "loss", "random"] + ["head"] * (not shape.unused_last)))
-    if descent == "kept":
-        choices["swp"] = draw(st.sampled_from(["tensor", "element", "suffix", "norm"]))
-        choices["beta"] = draw(st.sampled_from([0.2, 0.7, 1.0]))
-        choices["scope"] = draw(st.sampled_from(["rank", "global"]))
-    if choices.get("scope") == "global":
-        choices["transport"] = draw(st.sampled_from(["scores", "thresholds"]))
-        choices["capacity_factor"] = draw(st.sampled_from([0.0, 1.25]))
-    if descent == "recycled_exact":
+    keys["score"] = draw(st.sampled_from(["forward", "loss", "random"] + ["head"] * (not shape.unused_last)))
+    keys["direction"] = draw(st.sampled_from(["gradient", "gradient", "momentum", "previous", "average", "residual"]))
+    if name == "esam" and keys["direction"] not in ("average", "residual"):
+        keys["swp"] = draw(st.sampled_from(["tensor", "element", "suffix", "norm"]))
+        keys["beta"] = draw(st.sampled_from([0.2, 0.7, 1.0]))
+    keys["scope"] = draw(st.sampled_from(["rank", "global"]))
+    if keys["scope"] == "global":
+        keys["transport"] = draw(st.sampled_from(["scores", "thresholds"]))
+        keys["capacity_factor"] = draw(st.sampled_from([0.0, 1.25]))
+    if name == "recycled" and draw(st.booleans()):
         # As a configuration must have it: two samples in each part, or one part.
-        choices |= {"score": "random", "gamma": draw(st.sampled_from([0.5, 1.0]))}
-    return sharp("esam", **choices)
+        gamma = draw(st.sampled_from([0.5, 1.0]))
+        keys = {"exact": True, "gamma": gamma, "direction": keys["direction"]}
+    return sharp(name, **keys)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Shape, Rule]:
+def cases(draw: st.DrawFn) -> tuple[Shape, Method]:
     shape = draw(SHAPES)
-    return shape, draw(st.sampled_from(COMPARED) | esam_rules(shape))
+    return shape, draw(st.sampled_from(COMPARED) | selective_methods(shape))
+
+
+def climbs_along(method: Method) -> str:
+    return "momentum" if method.name == "msam" else getattr(method, "direction", "gradient")
 
 
 def batch_of(seed: int) -> Batch:
@@ -139,20 +135,20 @@ def batch_of(seed: int) -> Batch:
     return Batch(images, torch.randint(CLASSES, (BATCH,), generator=generator))
 
 
-def norm_between(moved: list[Tensor], before: list[Tensor], rule: Rule) -> float:
+def norm_between(moved: list[Tensor], before: list[Tensor], method: Method) -> float:
     """L2; for ASAM in units of each weight's size."""
     parts = [after - was for after, was in zip(moved, before, strict=True)]
-    if rule.adaptive_eta is not None:
-        parts = [part / (was.abs() + rule.adaptive_eta) for part, was in zip(parts, before, strict=True)]
+    if isinstance(method, ASAM):
+        parts = [part / (was.abs() + method.eta) for part, was in zip(parts, before, strict=True)]
     return float(torch.cat([part.flatten() for part in parts]).norm())
 
 
-def check_step(trial: Trial, batch: Batch, rule: Rule, seed: tuple[int, ...]) -> list[float]:
+def check_step(trial: Trial, batch: Batch, method: Method) -> list[float]:
     """Make a step, assert what always holds, and return the norm of the perturbation in every pass."""
     module = trial.module
     before, first_pass, updates = weights(module), len(trial.passes.weights), len(trial.at_update)
     storages = [param.data_ptr() for param in module.parameters()]
-    stats = trial.train(batch, rule, seed)
+    stats = trial.train(batch, method)
     assert same(trial.at_update[updates], before)
     assert [param.data_ptr() for param in module.parameters()] == storages
     after = weights(module)
@@ -160,8 +156,8 @@ def check_step(trial: Trial, batch: Batch, rule: Rule, seed: tuple[int, ...]) ->
         assert param.requires_grad or same([was], [now])
     norms = []
     for moved in trial.passes.weights[first_pass:]:
-        norm = norm_between(moved, before, rule)
-        assert norm == 0.0 or abs(norm - rule.radius) < 1e-9
+        norm = norm_between(moved, before, method)
+        assert norm == 0.0 or abs(norm - RADIUS) < 1e-9
         norms.append(norm)
         for param, was, inside in zip(module.parameters(), before, moved, strict=True):
             assert param.requires_grad or same([was], [inside])
@@ -176,42 +172,46 @@ some = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCh
 @some
 @given(cases(), st.integers(0, 10**6))
 def test_a_step_on_finite_data_meets_the_radius_and_restores_every_weight(case, seed):
-    shape, rule = case
+    shape, method = case
     torch.manual_seed(seed)
-    trial = Trial(Varied(shape), momentum=0.9)
-    check_step(trial, batch_of(seed), Rule(), (seed, 0))  # some momentum
-    norms = check_step(trial, batch_of(seed + 1), rule, (seed, 1))
-    if rule.name == "looksam":
-        norms = check_step(trial, batch_of(seed + 2), replace(rule, reuses=True), (seed, 2))
+    trial = Trial(Varied(shape), momentum=0.9, seed=seed)
+    check_step(trial, batch_of(seed), PLAIN)  # some momentum
+    norms = check_step(trial, batch_of(seed + 1), method)
+    again = check_step(trial, batch_of(seed + 2), method)
+    if method.name == "looksam":
+        assert not any(again)
+    if climbs_along(method) == "previous":
         assert not any(norms)
+        norms = again
     assert all(grad is None or grad.isfinite().all() for grads in trial.grads for grad in grads)
     # Without parts that a pass may leave out, or a draw may miss, there is something to perturb.
-    never_empty = not (shape.dropped or shape.unused_last or rule.swp in ("element", "norm") or rule.name == "looksam")
-    event(f"{rule.name}: {'perturbed' if any(norms) else 'not perturbed'}")
+    may_miss = isinstance(method, ESAM) and method.swp in ("element", "norm")
+    never_empty = not (shape.dropped or shape.unused_last or may_miss)
+    event(f"{method.name}, {climbs_along(method)}: {'perturbed' if any(norms) else 'not perturbed'}")
     assert any(norms) or not never_empty
 
 
 @some
 @given(cases(), st.integers(0, 10**6), st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.integers(0, 2))
 def test_a_gradient_that_is_not_finite_in_any_pass_raises_nothing_and_perturbs_nothing(case, seed, value, broken):
-    shape, rule = case
+    shape, method = case
     torch.manual_seed(seed)
     network = Varied(shape)
-    trial = Trial(network, momentum=0.9)
-    check_step(trial, batch_of(seed), Rule(), (seed, 0))
+    trial = Trial(network, momentum=0.9, seed=seed)
+    check_step(trial, batch_of(seed), PLAIN)
     network.passes, network.broken_pass, network.value = 0, broken, value
-    norms = check_step(trial, batch_of(seed + 1), rule, (seed, 1))
-    if broken == 0 and rule.name != "msam":
+    norms = check_step(trial, batch_of(seed + 1), method)
+    if broken == 0 and climbs_along(method) not in WITHOUT_A_PASS:
         assert not any(norms)
 
 
 @some
 @given(cases(), st.integers(0, 10**6), st.sampled_from([torch.nan, torch.inf]), st.integers(0, BATCH - 1))
 def test_an_image_that_is_not_finite_raises_nothing(case, seed, value, sample):
-    shape, rule = case
+    shape, method = case
     torch.manual_seed(seed)
-    trial = Trial(Varied(shape), momentum=0.9)
-    check_step(trial, batch_of(seed), Rule(), (seed, 0))
+    trial = Trial(Varied(shape), momentum=0.9, seed=seed)
+    check_step(trial, batch_of(seed), PLAIN)
     batch = batch_of(seed + 1)
     batch.images[sample, 0] = value
-    check_step(trial, batch, rule, (seed, 1))
+    check_step(trial, batch, method)

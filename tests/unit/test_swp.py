@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from esam_dist import swp
 from esam_dist.models import build_model
+from esam_dist.step import swp
 
 
 class Shared(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from esam_dist import selection
+from esam_dist.step import selection
 from tests.scores import FRACTIONS, above_threshold, capacities, many, reference, some, tables
 
 
