@@ -5,7 +5,7 @@ Shapes: B samples per rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from esam_dist.errors import UserError
 
 Tree = Any
-"""A tensor, or a tuple, list or dict of trees; the samples lie in dimension 0 of every tensor."""
+"""A tensor, or a tuple, list or mapping of trees; the samples lie in dimension 0 of every tensor."""
 Loss = Callable[[Any, Tree], Tensor]
 """From the network's outputs and the targets to one loss per sample, [B]."""
 Index = Tensor | slice
@@ -28,6 +28,17 @@ class Examples:
     inputs: Tree
     targets: Tree
     loss_fn: Loss
+
+    def __post_init__(self) -> None:
+        """Raises UserError where the tensors do not hold equally many samples."""
+        named = [(name, tensor) for name in ("inputs", "targets") for tensor in tensors(getattr(self, name))]
+        first = first_tensor(self.inputs)
+        for name, tensor in named:
+            if tensor.ndim == 0 or len(tensor) != len(first):
+                raise UserError(
+                    f"{name} hold a tensor of shape {list(tensor.shape)} beside the first of the inputs, of shape "
+                    f"{list(first.shape)}: give every tensor the samples in dimension 0, equally many"
+                )
 
     def __len__(self) -> int:
         return len(first_tensor(self.inputs))
@@ -44,37 +55,46 @@ class Examples:
     def losses(self, outputs: Any) -> Tensor:
         """The loss of each sample, [B]. Raises UserError for a loss of another shape."""
         loss_B = self.loss_fn(outputs, self.targets)
-        if loss_B.shape != (len(self),):
+        if not isinstance(loss_B, Tensor) or loss_B.shape != (len(self),):
+            what = f"a tensor of shape {list(loss_B.shape)}" if isinstance(loss_B, Tensor) else type(loss_B).__name__
             raise UserError(
-                f"loss_fn returned a tensor of shape {list(loss_B.shape)} for {len(self)} samples: it must return one "
+                f"loss_fn returned {what} for {len(self)} samples: it must return one "
                 'loss per sample, such as F.cross_entropy(outputs, targets, reduction="none")'
             )
         return loss_B
 
 
 def call(module: nn.Module | Callable[..., Any], inputs: Tree) -> Any:
-    """`module` of `inputs`: a tuple holds its arguments, a dict its keyword arguments, all else is the one argument."""
+    """`module` of `inputs`: a tuple holds its arguments, a mapping its keyword arguments, all else is one argument."""
     if isinstance(inputs, tuple):
         return module(*inputs)
-    return module(**inputs) if isinstance(inputs, dict) else module(inputs)
+    return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+
+
+def tensors(tree: Tree) -> Iterator[Tensor]:
+    """All tensors of a tree, in its order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping | tuple | list):
+        for child in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from tensors(child)
 
 
 def first_tensor(tree: Tree) -> Tensor:
     """The first tensor of a tree. Raises UserError where there is none."""
-    if isinstance(tree, Tensor):
-        return tree
-    for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ():
-        if not isinstance(child, Tensor | tuple | list | dict):
-            continue
-        return first_tensor(child)
-    raise UserError(f"inputs of type {type(tree).__name__}: give a tensor, or a tuple, list or dict that holds tensors")
+    first = next(tensors(tree), None)
+    if first is None:
+        raise UserError(
+            f"inputs of type {type(tree).__name__}: give a tensor, or a tuple, list or dict that holds tensors"
+        )
+    return first
 
 
 def _take(tree: Tree, index: Index) -> Tree:
     """The tree with each tensor's samples at `index`; what is no tensor (None, a flag) stays."""
     if isinstance(tree, Tensor):
         return tree[index]
-    if isinstance(tree, dict):
+    if isinstance(tree, Mapping):
         return {key: _take(value, index) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
         children = [_take(value, index) for value in tree]
