@@ -73,11 +73,11 @@ class SharpnessAware:
         update = UpdateOptions(options.get("accumulate", 1), options.get("clip_grad_norm", 0.0), options.get("scaler"))
         refuse_layers(model)
         ranks = Ranks.of_process_group(next(model.parameters()).device)
+        refuse_network(method, model, ranks)
         adopted = adopt(model, optimizer, ranks, update)
         engine = adopted.engine
         if engine.calls_together and (reason := zero3_refusal(method.name, method.needs())):
             raise UserError(reason)
-        refuse_network(method, engine.module, ranks)
         method.prepare(engine.module)
         self._start(engine, method, ranks, options)
         self._batches = Batches(method, adopted, ranks)
