@@ -23,7 +23,12 @@ class PhaseClock:
         self._stamps.append(("", self._now()))
 
     def end(self, phase: str) -> None:
-        """The time since the last stamp was spent in `phase` (data, ascent, score, select, descent, update, ...)."""
+        """The time since the last stamp was spent in `phase` (data, ascent, score, select, descent, update, ...).
+
+        Nothing is kept before the first `start`: not everyone who trains asks for times.
+        """
+        if not self._stamps:
+            return
         self._stamps.append((phase, self._now()))
 
     def drain(self) -> dict[str, list[float]]:

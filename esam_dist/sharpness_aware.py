@@ -13,7 +13,8 @@ from torch import nn
 from typing_extensions import TypedDict, Unpack
 
 from esam_dist.clock import PhaseClock
-from esam_dist.engine.adopt import adopt
+from esam_dist.engine.adopt import adopt, refuse_layers
+from esam_dist.engine.fit import Batches, refuse_network, refuse_options, refuse_unknown_time
 from esam_dist.engine.native import UpdateOptions
 from esam_dist.errors import UserError
 from esam_dist.methods import SGD, Method
@@ -51,8 +52,10 @@ class SharpnessAware:
 
     `model` is bare, or in DDP, or a DeepSpeed engine; the ranks are those of the process group. The optimizer's own
     learning rate is used: schedulers go on as ever. Every rank must call `step` equally often, with equally many
-    samples. Raises UserError (one line) for what does not go together.
+    samples. Raises UserError (one line) for what does not go together, at the latest in the first step.
     """
+
+    _batches: Batches | None
 
     def __init__(
         self,
@@ -61,17 +64,23 @@ class SharpnessAware:
         method: Method,
         **options: Unpack[Options],
     ) -> None:
-        first = next(model.parameters(), None)
-        if first is None:
-            raise UserError(f"model of type {type(model).__name__} has no parameters: there is nothing to train")
-        ranks = Ranks.of_process_group(first.device)
+        refuse_options(options, Options.__annotations__)
+        if not isinstance(method, Method):
+            raise UserError(
+                f"method = {method!r}: give an instance of esam_dist.methods, such as methods.SAM(rho=0.05)"
+            )
         refuse_unknown_time(method, options)
         update = UpdateOptions(options.get("accumulate", 1), options.get("clip_grad_norm", 0.0), options.get("scaler"))
-        engine = adopt(model, optimizer, ranks, update)
+        refuse_layers(model)
+        ranks = Ranks.of_process_group(next(model.parameters()).device)
+        refuse_network(method, model, ranks)
+        adopted = adopt(model, optimizer, ranks, update)
+        engine = adopted.engine
         if engine.calls_together and (reason := zero3_refusal(method.name, method.needs())):
             raise UserError(reason)
         method.prepare(engine.module)
         self._start(engine, method, ranks, options)
+        self._batches = Batches(method, adopted, ranks)
 
     @classmethod
     def over(cls, engine: Engine, method: Method, ranks: Ranks, **options: Unpack[Options]) -> SharpnessAware:
@@ -92,6 +101,7 @@ class SharpnessAware:
             options.get("updates_per_epoch", 0),
         )
         self._micro = 0
+        self._batches = None
 
     def step(
         self, inputs: Tree, targets: Tree, loss_fn: Loss, *, moment: Moment | None = None, lr: float | None = None
@@ -104,6 +114,8 @@ class SharpnessAware:
         """
         moment = moment or self._moment()
         examples = Examples(inputs, targets, loss_fn)
+        if self._batches is not None:
+            self._batches.check(len(examples))
         num_groups = self.method.num_groups(len(examples))
         size = len(examples) // num_groups
         # As if each group had a rank of its own.
@@ -124,11 +136,19 @@ class SharpnessAware:
         return StepStats.merged(groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides model and optimizer, for the training to go on as it would have."""
+        """What a checkpoint must hold besides model and optimizer, for the training to go on as it would have.
+
+        Taken between two updates: raises UserError where some of an update's micro-batches are still to come.
+        """
+        if self._micro:
+            raise UserError(
+                f"state_dict after {self._micro} micro-batches of an update, whose gradient no checkpoint holds: save "
+                "when `updates` has gone up"
+            )
         return {"updates": self.updates, "method": self.state.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse, between two updates."""
+        """The reverse, before the first step."""
         self.updates, self._micro = state["updates"], 0
         self.state.load_state_dict(state["method"])
 
@@ -145,12 +165,3 @@ class SharpnessAware:
         return Moment(
             self.updates, self.updates / in_epoch if in_epoch else 0.0, self.updates / total if total else 0.0
         )
-
-
-def refuse_unknown_time(method: Method, options: Options) -> None:
-    """Raise UserError for a phase or a schedule where nothing says how long the training or an epoch is."""
-    for key, value in method:
-        if key == "phase" and (value.from_, value.to) != (0.0, 1.0) and not options.get("total_updates"):
-            raise UserError(f"method.{key} = {value.plain()} is a share of the training: give total_updates=N")
-        if getattr(value, "changes", False) and not options.get("updates_per_epoch"):
-            raise UserError(f"method.{key} = {value.plain()} changes with the epoch: give updates_per_epoch=N")

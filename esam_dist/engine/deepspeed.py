@@ -129,7 +129,13 @@ class DeepSpeedEngine(Engine):
             return momentum_of(self._optimizer, params)
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return [safe_get_full_optimizer_state(param, momentum_key(self._optimizer)) for param in params]
+        key = momentum_key(self._optimizer)
+        if not all(key in self._shards()[shard] for shard in self._flat_shards()):
+            return [torch.zeros_like(param) for param in params]
+        # Of what `deepspeed.initialize` has made for somebody else, only the first group's state is linked.
+        self._ds.optimizer._hp_optimizer_states_linked = False
+        self._link_shards()
+        return [safe_get_full_optimizer_state(param, key) for param in params]
 
     def averaged(self, params: list[nn.Parameter]) -> list[Tensor]:
         """See `Engine`."""

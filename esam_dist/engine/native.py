@@ -44,6 +44,8 @@ class NativeEngine(Engine):
             self._ddp = in_ddp(module, ranks)
         self.module = module
         self._optimizer, self._ranks, self._options = optimizer, ranks, options
+        self.accumulate = options.accumulate
+        """May be set anew between two updates."""
         self._scaler = options.scaler or torch.amp.GradScaler(ranks.device.type, enabled=False)
         self._ended = 0
         self._no_norm = torch.tensor(torch.nan, device=ranks.device)
@@ -51,7 +53,7 @@ class NativeEngine(Engine):
     @property
     def ends_update(self) -> bool:
         """See `Engine`."""
-        return self._ended == self._options.accumulate - 1
+        return self._ended == self.accumulate - 1
 
     def __call__(self, inputs: Tree) -> Any:
         """See `Engine`."""
@@ -63,18 +65,18 @@ class NativeEngine(Engine):
 
     def scale(self, loss: Tensor) -> Tensor:
         """See `Engine`."""
-        return self._scaler.scale(loss / self._options.accumulate) if self._scaler.is_enabled() else loss
+        return self._scaler.scale(loss / self.accumulate) if self._scaler.is_enabled() else loss
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
-        torch.autograd.backward(self._scaler.scale(loss / self._options.accumulate))
+        torch.autograd.backward(self._scaler.scale(loss / self.accumulate))
 
     def average(self, gradient: Vector) -> None:
         """See `Engine`. All gradients are there at once, so there is no pass behind which they could travel."""
         one = torch.ones((), device=self._no_norm.device)
-        factor = self._scaler.scale(one / self._options.accumulate)
+        factor = self._scaler.scale(one / self.accumulate)
         grads = gradient.tensors
-        if self._options.accumulate > 1 or self._scaler.is_enabled():
+        if self.accumulate > 1 or self._scaler.is_enabled():
             grads = list(torch._foreach_mul(grads, factor))
         for param, grad in zip(gradient.params, grads, strict=True):
             param.grad = grad if param.grad is None else param.grad.add_(grad)
@@ -84,7 +86,7 @@ class NativeEngine(Engine):
     def step(self, lr: float | None) -> Tensor:
         """See `Engine`."""
         self._ended += 1
-        if self._ended < self._options.accumulate:
+        if self._ended < self.accumulate:
             return self._no_norm
         self._ended = 0
         if lr is not None:

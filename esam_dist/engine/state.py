@@ -49,8 +49,14 @@ def initial_state(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str,
 
 
 def momentum_key(optimizer: torch.optim.Optimizer) -> str:
-    """Under which name SGD or AdamW keeps its momentum."""
-    return "exp_avg" if isinstance(optimizer, torch.optim.AdamW) else "momentum_buffer"
+    """Under which name the optimizer keeps its momentum: one of Adam's kind, or of SGD's."""
+    return "exp_avg" if "betas" in optimizer.param_groups[0] else "momentum_buffer"
+
+
+def momentum_factor(optimizer: torch.optim.Optimizer) -> float:
+    """What the momentum keeps in an update (Adam's beta1); 0 for an optimizer without momentum."""
+    group = optimizer.param_groups[0]
+    return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> list[Tensor]:

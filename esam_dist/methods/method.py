@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 from torch import nn
 
+from esam_dist.errors import UserError
 from esam_dist.schedule import Schedule
 from esam_dist.section import Count, Radius, Section, UpToOne
 from esam_dist.step import Moment, Step
@@ -30,6 +31,16 @@ class Method(Section):
     """`method(step)` gives the engine the gradient of one update, by the verbs of `Step`."""
 
     name: str
+
+    def __init__(self, **keys: Any) -> None:
+        """Raises UserError for the first key or value that is refused."""
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            raise UserError(_first_fault(type(self), error)) from None
+
+    # A configuration is read past it, and has words of its own, with the file's name.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __call__(self, step: Step) -> None:
         """A step of the base optimizer alone, which is also what every method does out of its phase."""
@@ -126,3 +137,12 @@ class Sharp(Method):
                 f"method.group_size = {self.group_size} does not divide data.batch_size = {batch}",
             )
         ]
+
+
+def _first_fault(kind: type[Method], error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    key = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return f"methods.{kind.__name__} has no key {key!r}; it has {', '.join(kind.model_fields)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"methods.{kind.__name__}: {key} = {fault['input']!r:.80} is refused: {message}"

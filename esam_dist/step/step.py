@@ -249,6 +249,8 @@ class Step:
             # Inside `at` they are frozen already.
             if not (is_first or self._is_perturbed):
                 contexts.enter_context(frozen_batchnorm(self.engine.module))
+            # An autocast of the caller's spans all passes, and would go on with copies of weights that have moved.
+            torch.clear_autocast_cache()
             if self.autocast is not None:
                 contexts.enter_context(torch.autocast(device.type, self.autocast))
             outputs = forward(examples.inputs)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from esam_dist.rule import Rule
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from esam_dist import swp
 from esam_dist.randomness import seed_step
-from esam_dist.rule import Rule
 from tests.multiprocess.choice import choose, count_kept, padded
 
 Weights = dict[str, Tensor]

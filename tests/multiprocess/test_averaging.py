@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from esam_dist.esam import Memory
+from esam_dist.rule import Rule
 from torch import Tensor
 
 from esam_dist.averaging import WeightAverage, recompute_batchnorm
 from esam_dist.clock import PhaseClock
 from esam_dist.engine import build_engine
-from esam_dist.esam import Memory
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
-from esam_dist.rule import Rule
 from esam_dist.train import micro_batch
 from tests.multiprocess.cluster import Cluster
 from tests.multiprocess.problem import configuration, make_batch, make_network, rank_batch

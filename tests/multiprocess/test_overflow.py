@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from esam_dist.esam import Memory, StepStats
+from esam_dist.rule import Rule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
 from esam_dist.engine import build_engine
-from esam_dist.esam import Memory, StepStats
 from esam_dist.models import Classifier
 from esam_dist.randomness import seed_step
 from esam_dist.ranks import Ranks
-from esam_dist.rule import Rule
 from esam_dist.train import micro_batch
 from tests.multiprocess.cluster import Cluster
 from tests.multiprocess.problem import (

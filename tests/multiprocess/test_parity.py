@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from esam_dist.rule import Rule
 from torch import Tensor
 
 from esam_dist import config
-from esam_dist.rule import Rule
 from tests.multiprocess.choice import count_over_ranks
 from tests.multiprocess.cluster import Cluster
 from tests.multiprocess.problem import BATCH, configuration, make_batch, make_network, train_rank

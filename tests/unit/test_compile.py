@@ -5,6 +5,11 @@ import copy
 import pytest
 import torch
 import torch._dynamo
+from esam_dist.coordinate import Coordination
+from esam_dist.esam import Memory, esam_step
+from esam_dist.rule import Rule
+from esam_dist.score import watched_head
+from esam_dist.swp import draw_suffix
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -12,16 +17,11 @@ from torch.nn import functional as F
 
 from esam_dist import esam
 from esam_dist.clock import PhaseClock
-from esam_dist.coordinate import Coordination
 from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine
-from esam_dist.esam import Memory, esam_step
 from esam_dist.models import Classifier, build_model, compile_network
 from esam_dist.models.compiled import blocks
 from esam_dist.ranks import Ranks
-from esam_dist.rule import Rule
-from esam_dist.score import watched_head
-from esam_dist.swp import draw_suffix
 
 # The frontend and autograd of torch.compile, without the minutes of its C++ backend on a CPU.
 QUICK = "aot_eager"

@@ -140,7 +140,7 @@ def test_every_refusal_has_a_case(load, monkeypatch):
 
 def stem(words: str) -> tuple[str, list[str]]:
     """A refusal without the values that it names: its key, and its last words."""
-    return words.split(" = ")[0], words.split()[-4:]
+    return words.split(" = ", maxsplit=1)[0], words.split()[-4:]
 
 
 @pytest.mark.parametrize("name", ["sgd", "sam"])

@@ -8,18 +8,18 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from esam_dist.rule import Rule
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.test_esam import digits_batch, step
 
 from esam_dist import config
 from esam_dist.data import Batch, open_train, open_validation
 from esam_dist.data.augment import random_box, shift
 from esam_dist.data.prepare.write import Plan, write_dataset
 from esam_dist.models import build_model
-from esam_dist.rule import Rule
 from tests.commands import here
 from tests.prepared import Noise
-from tests.unit.test_esam import digits_batch, step
 
 CPU = torch.device("cpu")
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}

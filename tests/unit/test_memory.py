@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from esam_dist.esam import Memory, esam_step
+from esam_dist.rule import Rule
 from torch import Tensor, nn
 
 from benchmarks.counters.live_bytes import LiveBytes
@@ -16,11 +18,9 @@ from esam_dist import swp
 from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine
-from esam_dist.esam import Memory, esam_step
 from esam_dist.models import Classifier
 from esam_dist.randomness import seed_step
 from esam_dist.ranks import Ranks
-from esam_dist.rule import Rule
 
 B, WIDTH, SEED = 8, 256, 5
 
