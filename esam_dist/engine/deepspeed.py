@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -135,18 +136,29 @@ class DeepSpeedEngine(Engine):
         # Of what `deepspeed.initialize` has made for somebody else, only the first group's state is linked.
         self._ds.optimizer._hp_optimizer_states_linked = False
         self._link_shards()
-        return [safe_get_full_optimizer_state(param, key) for param in params]
+        return self._whole(params, lambda param: safe_get_full_optimizer_state(param, key))
 
     def averaged(self, params: list[nn.Parameter]) -> list[Tensor]:
         """See `Engine`."""
         from deepspeed.utils import safe_get_full_grad
 
         scale = 1.0 if self._loss_scale is None else self._loss_scale.value
-        grads = [safe_get_full_grad(param) for param in params]
+        grads = self._whole(params, safe_get_full_grad)
         return [
             torch.zeros_like(param) if grad is None else grad.clone().div_(scale)
             for param, grad in zip(params, grads, strict=True)
         ]
+
+    def _whole(self, params: list[nn.Parameter], read: Callable[[nn.Parameter], Any]) -> list[Any]:
+        """What `read`, a collective, returns for each of `params`. It is called for all others too: each rank may have
+        drawn weights of its own, and all must take part in the same calls.
+        """
+        wanted, found = set(params), {}
+        for _, param in self._trainable():
+            value = read(param)
+            if param in wanted:
+                found[param] = value
+        return [found[param] for param in params]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`. The shards of ZeRO are joined parameter by parameter."""

@@ -73,11 +73,12 @@ class NativeEngine(Engine):
 
     def average(self, gradient: Vector) -> None:
         """See `Engine`. All gradients are there at once, so there is no pass behind which they could travel."""
-        one = torch.ones((), device=self._no_norm.device)
-        factor = self._scaler.scale(one / self.accumulate)
         grads = gradient.tensors
-        if self.accumulate > 1 or self._scaler.is_enabled():
-            grads = list(torch._foreach_mul(grads, factor))
+        if self.accumulate > 1:
+            # By a number, not a tensor: a third in float32 would be all that a float64 gradient keeps of its digits.
+            grads = list(torch._foreach_mul(grads, 1.0 / self.accumulate))
+        if self._scaler.is_enabled():
+            grads = list(torch._foreach_mul(grads, self._scaler.scale(torch.ones((), device=self._no_norm.device))))
         for param, grad in zip(gradient.params, grads, strict=True):
             param.grad = grad if param.grad is None else param.grad.add_(grad)
         if self.ends_update:

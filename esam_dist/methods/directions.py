@@ -17,7 +17,7 @@ from esam_dist.methods.method import Faults, Setup
 from esam_dist.methods.selective import Selective
 from esam_dist.section import BelowOne, NonNegative
 from esam_dist.step import Step
-from esam_dist.step.swp import Draw
+from esam_dist.step.swp import Draw, compensated
 from esam_dist.step.vector import Vector
 
 Direction = Literal["gradient", "momentum", "previous", "average", "residual"]
@@ -85,7 +85,8 @@ class Directed(Selective):
         """The ascent's direction over the drawn weights; `clean`: the batch's gradient, where it is known already."""
         if self.direction in ("momentum", "previous"):
             step.look()
-            return (reversed_momentum if self.direction == "momentum" else previous)(step, drawn)
+            found = (reversed_momentum if self.direction == "momentum" else previous)(step, drawn)
+            return found if drawn is None else compensated(found, drawn, step.generator)
         clean = clean or step.gradient(drawn, fill=self.direction != "gradient")
         if self.direction == "average":
             return average(step, clean, 1.0 - self.decay)

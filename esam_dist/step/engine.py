@@ -65,14 +65,14 @@ class Engine(ABC):
     def momentum(self, params: list[nn.Parameter]) -> list[Tensor]:
         """Copies of the optimizer's momentum (AdamW: first moment) of `params`, whole; zero before the first update.
 
-        Called by all ranks together; under ZeRO it costs one all-reduce of every parameter.
+        Called by all ranks together, each with `params` of its own; under ZeRO it costs one all-reduce of every weight.
         """
 
     @abstractmethod
     def averaged(self, params: list[nn.Parameter]) -> list[Tensor]:
         """Copies of the averaged gradient of `params`, whole, after the last `backward` of an update, before `step`.
 
-        Called by all ranks together; under ZeRO it costs one all-reduce of every parameter.
+        Called by all ranks together, each with `params` of its own; under ZeRO it costs one all-reduce of every weight.
         """
 
     @abstractmethod

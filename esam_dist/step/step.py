@@ -128,9 +128,10 @@ class Step:
         return swp.compensated(found, over, self.generator) if isinstance(over, swp.Draw) else found
 
     def look(self) -> None:
-        """A pass at w for what the scores need of it, where no gradient is taken there."""
+        """A pass at w for what the scores need of it, where no gradient has been taken there."""
         choice = self._choice
-        if choice is None or choice.keeps_all or choice.is_begun:
+        # After a pass, another would draw its own dropout: the rise of a loss would be the difference of two draws.
+        if choice is None or choice.keeps_all or choice.is_begun or self._loss_B is not None:
             return
         with torch.set_grad_enabled(choice.head is not None):
             self._pass(None)

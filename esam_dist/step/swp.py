@@ -72,7 +72,7 @@ def draw_suffix(params: Sequence[nn.Parameter], beta: float, uniform: float) -> 
 
 
 def compensated(gradient: Vector, drawn: Draw, generator: torch.Generator) -> Vector:
-    """The gradient of the drawn tensors, in place: each times its factor, and its elements masked."""
+    """The gradient, or another direction, of the drawn tensors, in place: each by its factor, its elements masked."""
     if drawn.factors is not None and gradient.tensors:
         by_param = dict(zip(drawn.params, drawn.factors, strict=True))
         torch._foreach_mul_(gradient.tensors, [by_param[param] for param in gradient.params])

@@ -84,7 +84,7 @@ def configuration(method: dict[str, Any], **sections: dict[str, Any]) -> config.
     values: dict[str, Any] = {
         "data": {"batch_size": BATCH},
         "optim": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "decay_norm_and_bias": True},
-        "method": {"rho": 0.2, **method},
+        "method": method if method.get("name") == "sgd" else {"rho": 0.2, **method},
     }
     for section, entries in sections.items():
         values[section] = values.get(section, {}) | entries

@@ -15,7 +15,8 @@ from esam_dist.ranks import Pending, Ranks
 from tests.multiprocess.cluster import Cluster
 from tests.multiprocess.problem import Network, configuration, train_rank
 
-EXCHANGES = {"gather_later": "scores sent", "sum_later": "count sent"}
+UPDATE = ["averaged backward", "statistics sent", "statistics awaited"]
+"""What every step ends with: BatchNorm's statistics are averaged after the update."""
 
 
 @contextmanager
@@ -24,18 +25,18 @@ def recorded() -> Iterator[list[str]]:
     events: list[str] = []
     under_way: dict[int, tuple[str, Pending]] = {}
 
-    def noted(original: Callable[..., Any], event: str) -> Callable[..., Any]:
+    def noted(original: Callable[..., Any], event: Callable[..., str]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            events.append(event)
+            events.append(event(*args))
             return original(*args, **options)
 
         return call
 
-    def sent(original: Callable[..., Pending], event: str) -> Callable[..., Pending]:
+    def sent(original: Callable[..., Pending], name: Callable[..., str]) -> Callable[..., Pending]:
         def call(*args: Any) -> Pending:
-            events.append(event)
+            events.append(f"{name(*args)} sent")
             pending = original(*args)
-            under_way[id(pending)] = (event.replace("sent", "awaited"), pending)
+            under_way[id(pending)] = (f"{name(*args)} awaited", pending)
             return pending
 
         return call
@@ -47,12 +48,16 @@ def recorded() -> Iterator[list[str]]:
         return wait(pending)
 
     with ExitStack() as patches:
-        for name, event in EXCHANGES.items():
+        for name, event in (
+            ("gather_later", lambda *_: "scores"),
+            ("sum_later", lambda _, tensor: "statistics" if tensor.ndim else "count"),
+        ):
             patches.enter_context(mock.patch.object(Ranks, name, sent(getattr(Ranks, name), event)))
         for owner, name, event in (
-            (Network, "forward", "forward"),
-            (torch.autograd, "grad", "ascent backward"),
-            (NativeEngine, "backward", "averaged backward"),
+            (Network, "forward", lambda *_: "forward"),
+            # The classifier's scores need a gradient too, by its outputs alone.
+            (torch.autograd, "grad", lambda _, by: "slopes" if isinstance(by, torch.Tensor) else "ascent backward"),
+            (NativeEngine, "backward", lambda *_: "averaged backward"),
         ):
             patches.enter_context(mock.patch.object(owner, name, noted(getattr(owner, name), event)))
         patches.enter_context(mock.patch.object(Pending, "wait", awaited))
@@ -65,17 +70,19 @@ def calls_of_one_step(ranks: Ranks, cfg: Any) -> list[str]:
     return events
 
 
-@pytest.mark.parametrize("score", ["head", "loss", "random"])
-def test_scores_known_from_the_first_forward_travel_behind_the_ascent_backward(two_ranks: Cluster, score: str) -> None:
+@pytest.mark.parametrize(
+    ("score", "before"),
+    [
+        ("head", ["forward", "slopes", "scores sent", "ascent backward"]),
+        ("loss", ["forward", "scores sent", "ascent backward"]),
+        ("random", ["scores sent", "forward", "ascent backward"]),
+    ],
+)
+def test_scores_travel_behind_the_passes_after_which_they_are_not_known_yet(
+    two_ranks: Cluster, score: str, before: list[str]
+) -> None:
     for events in two_ranks.run(calls_of_one_step, configuration({"score": score})):
-        assert events == [
-            "forward",
-            "scores sent",
-            "ascent backward",
-            "scores awaited",
-            "forward",
-            "averaged backward",
-        ]
+        assert events == [*before, "scores awaited", "forward", *UPDATE]
 
 
 @pytest.mark.parametrize(("score", "before"), [("loss", []), ("forward", ["ascent backward", "forward"])])
@@ -93,5 +100,5 @@ def test_kept_counts_travel_behind_the_forward_of_the_descent(
             "count sent",
             "forward",
             "count awaited",
-            "averaged backward",
+            *UPDATE,
         ]

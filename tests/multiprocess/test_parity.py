@@ -1,4 +1,4 @@
-"""Two real ranks against a simulation of both in one process, in every mode, under every engine."""
+"""Real ranks against a simulation of all in one process, in every mode, under every engine."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from esam_dist.rule import Rule
 from torch import Tensor
 
 from esam_dist import config
-from tests.multiprocess.choice import count_over_ranks
 from tests.multiprocess.cluster import Cluster
 from tests.multiprocess.problem import BATCH, configuration, make_batch, make_network, train_rank
-from tests.multiprocess.reference import Simulation
+from tests.multiprocess.simulation import Simulation
+from tests.multiprocess.simulation.choice import count_over_ranks
+from tests.multiprocess.simulation.selection import resolved
 
 STEPS = 4
 MODES: dict[str, dict[str, Any]] = {
@@ -37,9 +37,9 @@ MODES: dict[str, dict[str, Any]] = {
     "thresholds": {"transport": "thresholds", "num_quantiles": 2},
     "thresholds_capacity": {"transport": "thresholds", "num_quantiles": 2, "capacity_factor": 1.5, "gamma": 0.34},
     "capacity": {"capacity_factor": 1.0, "gamma": 0.34},
-    "recycled": {"descent": "recycled", "beta": 1.0, "score": "random", "gamma": 0.34},
-    "recycled_forward": {"descent": "recycled", "beta": 1.0, "score": "forward"},
-    "recycled_exact": {"descent": "recycled_exact", "beta": 1.0, "score": "random", "scope": "rank"},
+    "recycled": {"name": "recycled", "score": "random", "gamma": 0.34},
+    "recycled_forward": {"name": "recycled", "score": "forward", "gamma": 0.5},
+    "recycled_exact": {"name": "recycled", "exact": True, "score": "random", "scope": "rank", "gamma": 0.5},
     "interval": {"interval": 2},
     "groups": {"scope": "rank", "group_size": 3},
     "groups_gsam": {"name": "gsam", "alpha": 0.4, "group_size": 2},
@@ -52,28 +52,26 @@ ENGINES = {
 }
 
 
-def simulate(cfg: config.Config, steps: int = STEPS) -> Simulation:
+def simulate(cfg: config.Config, steps: int = STEPS, num_ranks: int = 2) -> Simulation:
     simulation = Simulation(
         make_network(torch.float64),
-        cfg.optim.lr,
-        cfg.optim.momentum,
-        cfg.optim.weight_decay,
-        cfg.optim.clip_grad_norm,
-        cfg.optim.nesterov,
+        cfg.optim,
+        cfg.method,
+        cfg.train.label_smoothing,
         shared=cfg.engine.name == "deepspeed" and cfg.engine.zero_stage == 3,
     )
     for step in range(steps):
-        batches = [rank_groups(cfg, step, micro) for micro in range(cfg.train.accumulate)]
-        simulation.update(batches, Rule.at(cfg, step=step, epoch=float(step)), (cfg.run.seed, step))
+        batches = [rank_groups(cfg, step, micro, num_ranks) for micro in range(cfg.train.accumulate)]
+        simulation.update(batches, cfg.run.seed, step, epoch=float(step))
     return simulation
 
 
-def rank_groups(cfg: config.Config, step: int, micro: int) -> list[tuple[Tensor, Tensor]]:
-    """What two ranks train on, group by group: each group counts as a rank of its own."""
-    size = cfg.method.group_size or BATCH
+def rank_groups(cfg: config.Config, step: int, micro: int, num_ranks: int) -> list[tuple[Tensor, Tensor]]:
+    """What the ranks train on, group by group: each group counts as a rank of its own."""
+    size = BATCH // cfg.method.num_groups(BATCH)
     return [
         (images[start : start + size], labels[start : start + size])
-        for images, labels in (make_batch(rank, step, micro, torch.float64) for rank in range(2))
+        for images, labels in (make_batch(rank, step, micro, torch.float64) for rank in range(num_ranks))
         for start in range(0, BATCH, size)
     ]
 
@@ -88,13 +86,14 @@ def assert_same(state: dict[str, Any], simulation: Simulation, tolerance: float)
         torch.testing.assert_close(saved.double(), value, rtol=tolerance, atol=tolerance)
 
 
-def check(ranks: Cluster, cfg: config.Config) -> None:
+def check(ranks: Cluster, cfg: config.Config, num_ranks: int = 2) -> None:
     # DeepSpeed trains in float32 only; its rounding is what the wider tolerance is for.
     exact = cfg.engine.name == "native"
     dtype, tolerance = (torch.float64, 1e-12) if exact else (torch.float32, 2e-5)
     outcomes = ranks.run(train_rank, cfg, STEPS, dtype)
-    assert outcomes[0].digest == outcomes[1].digest, "replicas differ"
-    assert_same(outcomes[0].state, simulate(cfg), tolerance)
+    assert len(outcomes) == num_ranks
+    assert len({outcome.digest for outcome in outcomes}) == 1, "replicas differ"
+    assert_same(outcomes[0].state, simulate(cfg, num_ranks=num_ranks), tolerance)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -141,7 +140,7 @@ def test_ranks_keep_another_number_than_wanted_where_quantiles_are_few() -> None
     """Else the comparisons above would not notice a step that took the wanted number for the kept one."""
     for mode in ("thresholds", "thresholds_capacity"):
         cfg = configuration(MODES[mode])
-        wanted = count_over_ranks(Rule.at(cfg, step=0, epoch=0.0), 2, BATCH)
+        wanted = count_over_ranks(resolved(cfg.method, 0.0), 2, BATCH)
         kept = simulate(cfg).kept
         assert any(number != wanted for number in kept), (mode, kept)
 
@@ -149,6 +148,8 @@ def test_ranks_keep_another_number_than_wanted_where_quantiles_are_few() -> None
 SHARED: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd"},
     "sam": {"name": "sam"},
+    "asam": {"name": "asam", "eta": 0.05},
+    "gsam": {"name": "gsam", "alpha": 0.4},
     "esam_global": {"beta": 1.0},
     "head": {"beta": 1.0, "score": "head", "scope": "rank"},
     "loss": {"beta": 1.0, "score": "loss"},

@@ -22,8 +22,8 @@ MODES: dict[str, dict[str, Any]] = {
     "sam": {"name": "sam"},
     "esam_paper": {"swp_scale": "paper", "score": "forward"},
     "head": {"score": "head"},
-    "recycled": {"descent": "recycled", "beta": 1.0, "score": "random"},
-    "recycled_exact": {"descent": "recycled_exact", "beta": 1.0, "score": "random", "scope": "rank"},
+    "recycled": {"name": "recycled", "score": "random", "gamma": 0.5},
+    "recycled_exact": {"name": "recycled", "exact": True, "score": "random", "scope": "rank", "gamma": 0.5},
     "gsam": {"name": "gsam", "alpha": 0.4},
     "looksam": {"name": "looksam", "interval": 2, "alpha": 0.5},
     "looksam_between": {"name": "looksam", "interval": 2, "alpha": 0.5},
@@ -145,7 +145,11 @@ def test_accumulated_gradients_are_clipped_without_their_loss_scale(two_ranks: C
         assert float(update.gradient.norm()) == pytest.approx(clip, rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", [{"name": "sam"}, {"beta": 1.0, "score": "random"}], ids=["sam", "random"])
+@pytest.mark.parametrize(
+    "mode",
+    [{"name": "sam"}, {"name": "asam", "eta": 0.05}, {"name": "gsam", "alpha": 0.4}, {"beta": 1.0, "score": "random"}],
+    ids=["sam", "asam", "gsam", "random"],
+)
 def test_zero3_in_mixed_precision_is_near_the_simulation_of_a_shared_perturbation(
     two_ranks: Cluster, mode: dict[str, Any]
 ) -> None:

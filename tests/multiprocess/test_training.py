@@ -9,7 +9,6 @@ import torch
 
 from esam_dist.data import Batch
 from esam_dist.engine import build_engine
-from esam_dist.engine.zero3 import Zero3Engine
 from esam_dist.evaluate import evaluate
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
@@ -129,7 +128,7 @@ class Shares:
 def score_rank(ranks: Ranks, cfg: Any) -> Any:
     classifier = Classifier(make_network(torch.float32))
     engine = build_engine(classifier, cfg, ranks)
-    return evaluate(engine.module, Shares(ranks.rank), ranks, in_step=isinstance(engine, Zero3Engine))
+    return evaluate(engine.module, Shares(ranks.rank), ranks, in_step=engine.calls_together)
 
 
 def test_zero3_validates_where_ranks_have_unequal_numbers_of_batches(two_ranks: Cluster) -> None:

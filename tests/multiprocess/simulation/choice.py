@@ -8,32 +8,33 @@ from __future__ import annotations
 import math
 
 import torch
-from esam_dist.rule import Rule
+
+from esam_dist.step.choice import Sds
 
 
-def choose(scores: list[list[float]], rule: Rule) -> list[list[int]]:
+def choose(scores: list[list[float]], sds: Sds) -> list[list[int]]:
     """At least one sample of each rank, at most its capacity."""
-    if rule.scope == "rank":
-        count = count_kept(rule.gamma, len(scores[0]))
+    if sds.scope == "rank":
+        count = count_kept(sds.gamma, len(scores[0]))
         return [sorted(best_first(mine)[:count]) for mine in scores]
-    if rule.transport == "thresholds":
-        return by_threshold(scores, rule)
+    if sds.transport == "thresholds":
+        return by_threshold(scores, sds)
     W, B = len(scores), len(scores[0])
     kept = [best_first(mine)[:1] for mine in scores]
     everyone = sorted(((score, r, i) for r, mine in enumerate(scores) for i, score in enumerate(mine)), reverse=True)
-    most = capacity(rule, B) or B
+    most = capacity(sds, B) or B
     for _, r, i in everyone:
-        if sum(map(len, kept)) < count_over_ranks(rule, W, B) and i not in kept[r] and len(kept[r]) < most:
+        if sum(map(len, kept)) < count_over_ranks(sds, W, B) and i not in kept[r] and len(kept[r]) < most:
             kept[r].append(i)
     return [sorted(index) for index in kept]
 
 
-def by_threshold(scores: list[list[float]], rule: Rule) -> list[list[int]]:
+def by_threshold(scores: list[list[float]], sds: Sds) -> list[list[int]]:
     """Every rank names its scores at a few places of its ranking; of these values the one is taken as the threshold
     above which, by the places, all ranks together keep nearest to what is wanted.
     """
-    W, B, Q = len(scores), len(scores[0]), rule.num_quantiles
-    limit = capacity(rule, B) or B
+    W, B, Q = len(scores), len(scores[0]), sds.num_quantiles
+    limit = capacity(sds, B) or B
     # The score's type on the way; sorted stably, so that of equal ones the first counts as larger.
     scores = [torch.tensor(mine, dtype=torch.float32).tolist() for mine in scores]
     rankings = [best_first(mine) for mine in scores]
@@ -45,7 +46,7 @@ def by_threshold(scores: list[list[float]], rule: Rule) -> list[list[int]]:
         counts = [sum(value >= threshold for value in values) for values in named]
         return sum((places[q] + places[q + 1] - 1) / 2 for q in counts)
 
-    wanted = count_over_ranks(rule, W, B) - W
+    wanted = count_over_ranks(sds, W, B) - W
     # All samples lie half a sample beyond what the lowest value's estimate would say.
     candidates = [(-math.inf, estimate(-math.inf) + 0.5)]
     candidates += [(value, estimate(value)) for value in sorted((v for values in named for v in values), reverse=True)]
@@ -57,25 +58,25 @@ def by_threshold(scores: list[list[float]], rule: Rule) -> list[list[int]]:
     ]
 
 
-def padded(index: list[int], rule: Rule, num_samples: int) -> list[int]:
+def padded(index: list[int], sds: Sds, num_samples: int) -> list[int]:
     """What the descent runs on: under a capacity the kept samples over and over, until the batch is full.
 
     One sample alone goes twice: BatchNorm takes no batch of one value.
     """
-    size = max(capacity(rule, num_samples), len(index), min(2, num_samples))
+    size = max(capacity(sds, num_samples), len(index), min(2, num_samples))
     return [index[i % len(index)] for i in range(size)]
 
 
-def capacity(rule: Rule, num_samples: int) -> int:
+def capacity(sds: Sds, num_samples: int) -> int:
     """The most that a rank may keep; 0: no limit."""
-    factor = min(rule.capacity_factor * rule.gamma, 1.0)
+    factor = min(sds.capacity_factor * sds.gamma, 1.0)
     return max(1, math.ceil(factor * num_samples - 1e-9)) if factor else 0
 
 
-def count_over_ranks(rule: Rule, num_ranks: int, num_samples: int) -> int:
+def count_over_ranks(sds: Sds, num_ranks: int, num_samples: int) -> int:
     """How many all ranks are to keep together."""
-    most = capacity(rule, num_samples) or num_samples
-    return min(max(count_kept(rule.gamma, num_ranks * num_samples), num_ranks), most * num_ranks)
+    most = capacity(sds, num_samples) or num_samples
+    return min(max(count_kept(sds.gamma, num_ranks * num_samples), num_ranks), most * num_ranks)
 
 
 def count_kept(gamma: float, num_samples: int) -> int:
