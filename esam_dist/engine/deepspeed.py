@@ -78,6 +78,7 @@ class DeepSpeedEngine(Engine):
         self._stage = int(ds.zero_optimization_stage())
         self._optimizer, self._ranks = optimizer, ranks
         self._loss_scale = LossScale() if fp16 else None
+        self._is_linked = False
 
     @property
     def ends_update(self) -> bool:
@@ -133,9 +134,11 @@ class DeepSpeedEngine(Engine):
         key = momentum_key(self._optimizer)
         if not all(key in self._shards()[shard] for shard in self._flat_shards()):
             return [torch.zeros_like(param) for param in params]
-        # Of what `deepspeed.initialize` has made for somebody else, only the first group's state is linked.
-        self._ds.optimizer._hp_optimizer_states_linked = False
-        self._link_shards()
+        if not self._is_linked:
+            # Of what `deepspeed.initialize` has made for somebody else, only the first group's state is linked.
+            self._ds.optimizer._hp_optimizer_states_linked = False
+            self._link_shards()
+            self._is_linked = True
         return self._whole(params, lambda param: safe_get_full_optimizer_state(param, key))
 
     def averaged(self, params: list[nn.Parameter]) -> list[Tensor]:
