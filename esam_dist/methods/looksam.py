@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from esam_dist.methods.method import Faults, Setup, Sharp
+from esam_dist.methods.method import Faults, Remembering, Setup
 from esam_dist.section import Count, NonNegative
 from esam_dist.step import Moment, Step
 from esam_dist.step.vector import TINY
 
 
-class LookSAM(Sharp):
+class LookSAM(Remembering):
     """SAM every k-th update; in between, the part of it that leads to flat regions is used again."""
 
     name: Literal["looksam"] = "looksam"
@@ -38,10 +38,6 @@ class LookSAM(Sharp):
         step.state.remember("flat", step.mean_over_ranks(flat.clear_()))
         step.average(sharp)
 
-    def needs(self) -> set[str]:
-        """See `Method`."""
-        return super().needs() | {"memory"}
-
     def faults(self, setup: Setup) -> Faults:
         """See `Method`."""
         return [
@@ -49,10 +45,5 @@ class LookSAM(Sharp):
             (
                 self.interval == 1,
                 "method.name = looksam reuses a direction between perturbations: give method.interval > 1, such as 5",
-            ),
-            (
-                setup.accumulate > 1 or self.group_size > 0,
-                "method.name = looksam remembers one flat part per update: it needs train.accumulate = 1 and "
-                "method.group_size = 0",
             ),
         ]

@@ -146,3 +146,22 @@ def _first_fault(kind: type[Method], error: ValidationError) -> str:
         return f"methods.{kind.__name__} has no key {key!r}; it has {', '.join(kind.model_fields)}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"methods.{kind.__name__}: {key} = {fault['input']!r:.80} is refused: {message}"
+
+
+class Remembering(Sharp):
+    """A method that moves a vector of its own once per update, with one gradient of the rank's batch."""
+
+    def needs(self) -> set[str]:
+        """See `Method`."""
+        return super().needs() | {"memory"}
+
+    def faults(self, setup: Setup) -> Faults:
+        """See `Method`."""
+        return [
+            *super().faults(setup),
+            (
+                setup.accumulate > 1 or self.group_size > 0,
+                f"method.name = {self.name} remembers one vector per update: it needs train.accumulate = 1 and "
+                "method.group_size = 0",
+            ),
+        ]
