@@ -10,6 +10,7 @@ asam       gradient, adaptive   all             all                   at w + eps
 gsam       gradient             all             all                   at w + eps, less the gap's
 looksam    gradient             all             all                   every k-th step at w + eps; else g + flat part
 msam       momentum             all             all                   at w + eps
+fsam       residual of average  all             all                   at w + eps
 esam       any direction        beta (SWP)      gamma by score (SDS)  at w + eps
 recycled   any direction        all             gamma by score (SDS)  (1 - gamma) at w + gamma at w + eps
 """
@@ -20,6 +21,7 @@ from pydantic import Field
 
 from esam_dist.methods.asam import ASAM
 from esam_dist.methods.esam import ESAM
+from esam_dist.methods.fsam import FSAM
 from esam_dist.methods.gsam import GSAM
 from esam_dist.methods.looksam import LookSAM
 from esam_dist.methods.method import Faults, Method, Phase, Setup, Sharp
@@ -29,15 +31,16 @@ from esam_dist.methods.sam import SAM
 from esam_dist.methods.sgd import SGD
 
 METHODS: dict[str, type[Method]] = {
-    str(kind.model_fields["name"].default): kind for kind in (SGD, SAM, ASAM, GSAM, LookSAM, MSAM, ESAM, Recycled)
+    str(kind.model_fields["name"].default): kind for kind in (SGD, SAM, ASAM, GSAM, LookSAM, MSAM, FSAM, ESAM, Recycled)
 }
 """Every method by its name."""
 
-AnyMethod = Annotated[SGD | SAM | ASAM | GSAM | LookSAM | MSAM | ESAM | Recycled, Field(discriminator="name")]
+AnyMethod = Annotated[SGD | SAM | ASAM | GSAM | LookSAM | MSAM | FSAM | ESAM | Recycled, Field(discriminator="name")]
 
 __all__ = [
     "ASAM",
     "ESAM",
+    "FSAM",
     "GSAM",
     "METHODS",
     "MSAM",

@@ -103,7 +103,19 @@ def test_only_the_engine_package_knows_deepspeed(path):
         (
             "esam_dist.methods",
             [
-                *("ASAM", "AnyMethod", "ESAM", "Faults", "GSAM", "LookSAM", "METHODS", "MSAM", "Method", "Phase"),
+                *(
+                    "ASAM",
+                    "AnyMethod",
+                    "ESAM",
+                    "FSAM",
+                    "Faults",
+                    "GSAM",
+                    "LookSAM",
+                    "METHODS",
+                    "MSAM",
+                    "Method",
+                    "Phase",
+                ),
                 *("Recycled", "SAM", "SGD", "Setup", "Sharp"),
             ],
         ),

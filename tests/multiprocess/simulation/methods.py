@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from esam_dist.methods import ASAM, ESAM, GSAM, MSAM, SAM, SGD, LookSAM, Recycled
+from esam_dist.methods import ASAM, ESAM, FSAM, GSAM, MSAM, SAM, SGD, LookSAM, Recycled
 from esam_dist.step import swp
 from tests.multiprocess.simulation.ascent import along, climb, radius
 from tests.multiprocess.simulation.choice import best_first, count_kept
@@ -61,6 +61,15 @@ def msam(method: MSAM, world: World) -> Weights:
     return mean(world.sharp([eps] * len(world.ranks)))
 
 
+def fsam(method: FSAM, world: World) -> Weights:
+    """Li et al., Algorithm 1: the direction is `g - sigma * m`, with m from before this step; m begins as g."""
+    clean, m = world.clean(), world.memory.get("average")
+    eps = [along(g if m is None else plus(g, m, -method.sigma), method.rho(world.epoch)) for g in clean]
+    g = mean(clean)
+    world.memory["average"] = g if m is None else plus(times(m, method.decay), g, 1.0 - method.decay)
+    return mean(world.sharp(eps))
+
+
 def esam(method: ESAM, world: World) -> Weights:
     """Du et al., Algorithm 1, the samples chosen by every rank for itself or by all together."""
     beta = 1.0 if method.swp == "norm" else method.beta(world.epoch)
@@ -92,5 +101,5 @@ def recycled(method: Recycled, world: World) -> Weights:
 
 
 METHODS: dict[str, Callable[[Any, World], Weights]] = {
-    function.__name__: function for function in (sgd, sam, asam, gsam, looksam, msam, esam, recycled)
+    function.__name__: function for function in (sgd, sam, asam, gsam, looksam, msam, fsam, esam, recycled)
 }
