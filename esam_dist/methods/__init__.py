@@ -11,6 +11,7 @@ gsam       gradient             all             all                   at w + eps
 looksam    gradient             all             all                   every k-th step at w + eps; else g + flat part
 msam       momentum             all             all                   at w + eps
 fsam       residual of average  all             all                   at w + eps
+vasso      moving average     all             all                   at w + eps
 esam       any direction        beta (SWP)      gamma by score (SDS)  at w + eps
 recycled   any direction        all             gamma by score (SDS)  (1 - gamma) at w + gamma at w + eps
 """
@@ -29,13 +30,17 @@ from esam_dist.methods.msam import MSAM
 from esam_dist.methods.recycled import Recycled
 from esam_dist.methods.sam import SAM
 from esam_dist.methods.sgd import SGD
+from esam_dist.methods.vasso import VaSSO
 
 METHODS: dict[str, type[Method]] = {
-    str(kind.model_fields["name"].default): kind for kind in (SGD, SAM, ASAM, GSAM, LookSAM, MSAM, FSAM, ESAM, Recycled)
+    str(kind.model_fields["name"].default): kind
+    for kind in (SGD, SAM, ASAM, GSAM, LookSAM, MSAM, FSAM, VaSSO, ESAM, Recycled)
 }
 """Every method by its name."""
 
-AnyMethod = Annotated[SGD | SAM | ASAM | GSAM | LookSAM | MSAM | FSAM | ESAM | Recycled, Field(discriminator="name")]
+AnyMethod = Annotated[
+    SGD | SAM | ASAM | GSAM | LookSAM | MSAM | FSAM | VaSSO | ESAM | Recycled, Field(discriminator="name")
+]
 
 __all__ = [
     "ASAM",
@@ -54,4 +59,5 @@ __all__ = [
     "Recycled",
     "Setup",
     "Sharp",
+    "VaSSO",
 ]

@@ -23,6 +23,7 @@ MODES: dict[str, dict[str, Any]] = {
     "gsam": {"name": "gsam", "alpha": 0.4},
     "looksam": {"name": "looksam", "interval": 2, "alpha": 0.5},
     "msam": {"name": "msam"},
+    "vasso": {"name": "vasso", "theta": 0.6},
     "fsam": {"name": "fsam", "sigma": 0.8, "decay": 0.7},
     "esam": {"scope": "rank"},
     "esam_global": {},

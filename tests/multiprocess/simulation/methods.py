@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from esam_dist.methods import ASAM, ESAM, FSAM, GSAM, MSAM, SAM, SGD, LookSAM, Recycled
+from esam_dist.methods import ASAM, ESAM, FSAM, GSAM, MSAM, SAM, SGD, LookSAM, Recycled, VaSSO
 from esam_dist.step import swp
 from tests.multiprocess.simulation.ascent import along, climb, radius
 from tests.multiprocess.simulation.choice import best_first, count_kept
@@ -70,6 +70,18 @@ def fsam(method: FSAM, world: World) -> Weights:
     return mean(world.sharp(eps))
 
 
+def vasso(method: VaSSO, world: World) -> Weights:
+    """Li and Giannakis, equation 5: `d = (1 - theta) d + theta g`, and d begins as g."""
+    clean, d = world.clean(), world.memory.get("average")
+
+    def moved(g: Weights) -> Weights:
+        return g if d is None else plus(times(d, 1.0 - method.theta), g, method.theta)
+
+    sharp = world.sharp([along(moved(g), method.rho(world.epoch)) for g in clean])
+    world.memory["average"] = moved(mean(clean))
+    return mean(sharp)
+
+
 def esam(method: ESAM, world: World) -> Weights:
     """Du et al., Algorithm 1, the samples chosen by every rank for itself or by all together."""
     beta = 1.0 if method.swp == "norm" else method.beta(world.epoch)
@@ -101,5 +113,5 @@ def recycled(method: Recycled, world: World) -> Weights:
 
 
 METHODS: dict[str, Callable[[Any, World], Weights]] = {
-    function.__name__: function for function in (sgd, sam, asam, gsam, looksam, msam, fsam, esam, recycled)
+    function.__name__: function for function in (sgd, sam, asam, gsam, looksam, msam, fsam, vasso, esam, recycled)
 }
