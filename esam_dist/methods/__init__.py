@@ -12,6 +12,7 @@ looksam    gradient             all             all                   every k-th
 msam       momentum             all             all                   at w + eps
 fsam       residual of average  all             all                   at w + eps
 vasso      moving average     all             all                   at w + eps
+s2sam      previous gradient  all             all                   at w + eps
 esam       any direction        beta (SWP)      gamma by score (SDS)  at w + eps
 recycled   any direction        all             gamma by score (SDS)  (1 - gamma) at w + gamma at w + eps
 """
@@ -28,18 +29,19 @@ from esam_dist.methods.looksam import LookSAM
 from esam_dist.methods.method import Faults, Method, Phase, Setup, Sharp
 from esam_dist.methods.msam import MSAM
 from esam_dist.methods.recycled import Recycled
+from esam_dist.methods.s2sam import S2SAM
 from esam_dist.methods.sam import SAM
 from esam_dist.methods.sgd import SGD
 from esam_dist.methods.vasso import VaSSO
 
 METHODS: dict[str, type[Method]] = {
     str(kind.model_fields["name"].default): kind
-    for kind in (SGD, SAM, ASAM, GSAM, LookSAM, MSAM, FSAM, VaSSO, ESAM, Recycled)
+    for kind in (SGD, SAM, ASAM, GSAM, LookSAM, MSAM, FSAM, VaSSO, S2SAM, ESAM, Recycled)
 }
 """Every method by its name."""
 
 AnyMethod = Annotated[
-    SGD | SAM | ASAM | GSAM | LookSAM | MSAM | FSAM | VaSSO | ESAM | Recycled, Field(discriminator="name")
+    SGD | SAM | ASAM | GSAM | LookSAM | MSAM | FSAM | VaSSO | S2SAM | ESAM | Recycled, Field(discriminator="name")
 ]
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "GSAM",
     "METHODS",
     "MSAM",
+    "S2SAM",
     "SAM",
     "SGD",
     "AnyMethod",

@@ -24,6 +24,7 @@ MODES: dict[str, dict[str, Any]] = {
     "looksam": {"name": "looksam", "interval": 2, "alpha": 0.5},
     "msam": {"name": "msam"},
     "vasso": {"name": "vasso", "theta": 0.6},
+    "s2sam": {"name": "s2sam"},
     "fsam": {"name": "fsam", "sigma": 0.8, "decay": 0.7},
     "esam": {"scope": "rank"},
     "esam_global": {},

@@ -116,7 +116,7 @@ def test_only_the_engine_package_knows_deepspeed(path):
                     "Method",
                     "Phase",
                 ),
-                *("Recycled", "SAM", "SGD", "Setup", "Sharp", "VaSSO"),
+                *("Recycled", "S2SAM", "SAM", "SGD", "Setup", "Sharp", "VaSSO"),
             ],
         ),
         ("esam_dist.step", ["Engine", "Examples", "MethodState", "Moment", "Step", "StepStats"]),

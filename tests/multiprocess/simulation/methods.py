@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from esam_dist.methods import ASAM, ESAM, FSAM, GSAM, MSAM, SAM, SGD, LookSAM, Recycled, VaSSO
+from esam_dist.methods import ASAM, ESAM, FSAM, GSAM, MSAM, S2SAM, SAM, SGD, LookSAM, Recycled, VaSSO
 from esam_dist.step import swp
 from tests.multiprocess.simulation.ascent import along, climb, radius
 from tests.multiprocess.simulation.choice import best_first, count_kept
@@ -82,6 +82,15 @@ def vasso(method: VaSSO, world: World) -> Weights:
     return mean(sharp)
 
 
+def s2sam(method: S2SAM, world: World) -> Weights:
+    """Along the averaged gradient of the update before; the first is plain."""
+    before = world.memory.get("previous")
+    eps = {} if before is None else along(before, method.rho(world.epoch))
+    found = mean(world.sharp([eps] * len(world.ranks)))
+    world.memory["previous"] = found
+    return found
+
+
 def esam(method: ESAM, world: World) -> Weights:
     """Du et al., Algorithm 1, the samples chosen by every rank for itself or by all together."""
     beta = 1.0 if method.swp == "norm" else method.beta(world.epoch)
@@ -113,5 +122,6 @@ def recycled(method: Recycled, world: World) -> Weights:
 
 
 METHODS: dict[str, Callable[[Any, World], Weights]] = {
-    function.__name__: function for function in (sgd, sam, asam, gsam, looksam, msam, fsam, vasso, esam, recycled)
+    function.__name__: function
+    for function in (sgd, sam, asam, gsam, looksam, msam, fsam, vasso, s2sam, esam, recycled)
 }

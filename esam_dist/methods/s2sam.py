@@ -1,0 +1,28 @@
+"""S2-SAM (Ji et al. 2024, single-step SAM), which AsyncSAM is with a delay of 1: the gradient of the update before.
+
+Cost: 1.00 of SGD, and a copy of the averaged gradient; under ZeRO one more all-reduce.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from esam_dist.methods.directions import keep_for_next, previous
+from esam_dist.methods.method import Sharp
+from esam_dist.step import Step
+
+
+class S2SAM(Sharp):
+    """SAM along the gradient of the previous update, taken at its own perturbed weights; the first update is plain."""
+
+    name: Literal["s2sam"] = "s2sam"
+
+    def __call__(self, step: Step) -> None:
+        """One pass, at weights that the last update's averaged gradient perturbs: on all ranks alike."""
+        with step.at(step.along(previous(step), self.rho)):
+            step.descend()
+        keep_for_next(step)
+
+    def needs(self) -> set[str]:
+        """See `Method`."""
+        return super().needs() | {"memory"}
