@@ -176,7 +176,8 @@ class Step:
         """
         kept = self._select(choice)
         examples = self.examples if kept is None else self.examples[kept.index_D]
-        _, loss_D = self._forward(self.engine, examples)
+        # The outputs are not held: backward may need their memory.
+        loss_D = self._forward(self.engine, examples)[1]
         kept = kept or keep_all(loss_D.detach())
         loss = kept.mean_over_ranks(loss_D)
         if mixed is not None and mixed.params and self._finite is not None:

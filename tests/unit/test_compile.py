@@ -5,51 +5,38 @@ import copy
 import pytest
 import torch
 import torch._dynamo
-from esam_dist.coordinate import Coordination
-from esam_dist.esam import Memory, esam_step
-from esam_dist.rule import Rule
-from esam_dist.score import watched_head
-from esam_dist.swp import draw_suffix
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
-from esam_dist import esam
-from esam_dist.clock import PhaseClock
-from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine
 from esam_dist.models import Classifier, build_model, compile_network
 from esam_dist.models.compiled import blocks
 from esam_dist.ranks import Ranks
+from esam_dist.sharpness_aware import SharpnessAware
+from esam_dist.step.choice import Choice
+from esam_dist.step.swp import draw_suffix
+from esam_dist.train import CrossEntropy
+from tests.steps import sharp
 
 # The frontend and autograd of torch.compile, without the minutes of its C++ backend on a CPU.
 QUICK = "aot_eager"
 
 
-def train(network, rule, *, compiled=False, steps, sizes, by_block=False, backend=QUICK, channels_last=False):
+def train(network, method, *, compiled=False, steps, sizes, by_block=False, backend=QUICK, channels_last=False):
     classifier = Classifier(network, channels_last=channels_last)
-    if rule.score == "head":
-        watched_head(classifier)
+    method.prepare(classifier)
     if compiled:
         compile_network(network, by_block=by_block, backend=backend)
     dtype = next(network.parameters()).dtype
     engine = NativeEngine(classifier, torch.optim.SGD(classifier.parameters(), 0.05), Ranks())
+    trainer = SharpnessAware.over(engine, method, Ranks())
     graphs = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(sizes, 3, 8, 8, generator=generator).to(dtype)
-        batch = Batch(images, torch.randint(10, (sizes,), generator=generator))
-        esam_step(
-            engine,
-            batch,
-            rule,
-            lr=0.05,
-            ranks=Ranks(),
-            seed=(0, step),
-            clock=PhaseClock(torch.device("cpu")),
-            memory=Memory(),
-        )
+        trainer.step(images, torch.randint(10, (sizes,), generator=generator), CrossEntropy(0.0))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return graphs
 
@@ -62,9 +49,9 @@ def test_compiled_network_takes_the_same_steps_with_a_bounded_number_of_compilat
     torch.manual_seed(0)
     eager = build_model("cifar_resnet8", 10)
     compiled = copy.deepcopy(eager)
-    rule = Rule(name="esam", rho=0.1, radius=0.1, gamma=0.5, score=score, scope="global", capacity_factor=1.0)
-    train(eager, rule, steps=4, sizes=8)
-    graphs = train(compiled, rule, compiled=True, steps=4, sizes=8)
+    method = sharp(rho=0.1, gamma=0.5, score=score, scope="global", capacity_factor=1.0)
+    train(eager, method, steps=4, sizes=8)
+    graphs = train(compiled, method, compiled=True, steps=4, sizes=8)
     for one, other in zip(eager.state_dict().values(), compiled.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     # One graph for the batch, one for the scores at w + eps (no gradient), one for the kept samples.
@@ -88,9 +75,9 @@ def test_network_compiled_by_block_takes_the_same_steps_with_a_bounded_number_of
     torch.manual_seed(0)
     eager = build_model("cifar_resnet8", 10)
     compiled = copy.deepcopy(eager)
-    rule = Rule(name="esam", rho=0.1, radius=0.1, beta=0.5, gamma=0.5, swp="suffix")
-    train(eager, rule, steps=6, sizes=8)
-    graphs = train(compiled, rule, compiled=True, by_block=True, steps=6, sizes=8)
+    method = sharp(rho=0.1, beta=0.5, gamma=0.5, swp="suffix")
+    train(eager, method, steps=6, sizes=8)
+    graphs = train(compiled, method, compiled=True, by_block=True, steps=6, sizes=8)
     for one, other in zip(eager.state_dict().values(), compiled.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     # Three blocks, all different; as above.
@@ -141,13 +128,8 @@ class WithDropout(nn.Module):
 def noted_scores(monkeypatch):
     """A list to which every selection adds its scores."""
     scores = []
-
-    class Noted(Coordination):
-        def __init__(self, score_B, rule, ranks):
-            scores.append(score_B)
-            super().__init__(score_B, rule, ranks)
-
-    monkeypatch.setattr(esam, "Coordination", Noted)
+    begin = Choice.begin
+    monkeypatch.setattr(Choice, "begin", lambda choice, score_B: scores.append(score_B) or begin(choice, score_B))
     return scores
 
 
@@ -158,9 +140,9 @@ def test_scores_of_a_compiled_network_with_dropout_are_those_of_the_network(monk
     torch.manual_seed(0)
     eager, scores = WithDropout().double(), noted_scores(monkeypatch)
     compiled = copy.deepcopy(eager)
-    rule = Rule(name="esam", rho=0.1, radius=0.1, gamma=0.5)
-    train(eager, rule, steps=3, sizes=8)
-    train(compiled, rule, compiled=True, steps=3, sizes=8)
+    method = sharp(rho=0.1, gamma=0.5)
+    train(eager, method, steps=3, sizes=8)
+    train(compiled, method, compiled=True, steps=3, sizes=8)
     for one, other in zip(scores[:3], scores[3:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -174,8 +156,8 @@ def test_dropout_of_a_compiled_network_is_replayed_for_the_scores(monkeypatch, b
     torch._dynamo.reset()
     torch.manual_seed(0)
     scores = noted_scores(monkeypatch)
-    rule = Rule(name="esam", rho=1e-12, radius=1e-12, gamma=0.5)
-    train(WithDropout().double(), rule, compiled=True, steps=3, sizes=8, backend=backend)
+    method = sharp(rho=1e-12, gamma=0.5)
+    train(WithDropout().double(), method, compiled=True, steps=3, sizes=8, backend=backend)
     assert all(score_B.abs().max() < 1e-9 for score_B in scores)
     assert len(scores) == 3
 
@@ -189,9 +171,9 @@ def test_network_compiled_by_inductor_takes_the_same_steps(swp):
     torch.manual_seed(0)
     eager = build_model("cifar_resnet8", 10)
     compiled = copy.deepcopy(eager)
-    rule = Rule(name="esam", rho=0.1, radius=0.1, beta=0.5, gamma=0.5, swp=swp)
-    train(eager, rule, steps=3, sizes=8)
-    train(compiled, rule, compiled=True, steps=3, sizes=8, by_block=swp == "suffix", backend="inductor")
+    method = sharp(rho=0.1, beta=0.5, gamma=0.5, swp=swp)
+    train(eager, method, steps=3, sizes=8)
+    train(compiled, method, compiled=True, steps=3, sizes=8, by_block=swp == "suffix", backend="inductor")
     for one, other in zip(eager.state_dict().values(), compiled.state_dict().values(), strict=True):
         # Fused operations round otherwise: some 1e-7 of each number, through 8 layers and 3 steps.
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -227,15 +209,15 @@ def test_channels_last_changes_the_layout_and_not_the_result():
     torch.testing.assert_close(classifier(images), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [{"swp": "element", "beta": 0.5}, {"swp": "tensor", "beta": 0.5, "score": "head"}])
-def test_channels_last_takes_the_same_steps(rule):
+@pytest.mark.parametrize("keys", [{"swp": "element", "beta": 0.5}, {"swp": "tensor", "beta": 0.5, "score": "head"}])
+def test_channels_last_takes_the_same_steps(keys):
     """Which weights a mask of elements spares is a matter of their place in the tensor, not in memory."""
     torch.manual_seed(0)
     network = build_model("cifar_resnet8", 10).double()
     other = copy.deepcopy(network)
-    rule = Rule(name="esam", rho=0.1, radius=0.1, gamma=0.5, **rule)
-    train(network, rule, steps=3, sizes=8)
-    train(other, rule, steps=3, sizes=8, channels_last=True)
+    method = sharp(rho=0.1, gamma=0.5, **keys)
+    train(network, method, steps=3, sizes=8)
+    train(other, method, steps=3, sizes=8, channels_last=True)
     assert other.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
     for one, same in zip(network.state_dict().values(), other.state_dict().values(), strict=True):
         # Convolutions sum in another order.

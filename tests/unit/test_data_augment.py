@@ -8,10 +8,8 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from esam_dist.rule import Rule
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.test_esam import digits_batch, step
 
 from esam_dist import config
 from esam_dist.data import Batch, open_train, open_validation
@@ -20,6 +18,7 @@ from esam_dist.data.prepare.write import Plan, write_dataset
 from esam_dist.models import build_model
 from tests.commands import here
 from tests.prepared import Noise
+from tests.steps import digits_batch, sharp, step
 
 CPU = torch.device("cpu")
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
@@ -155,12 +154,12 @@ def test_soft_labels_go_through_every_step_to_a_checkpoint(tiny, tmp_path, mixed
 @pytest.mark.parametrize("score", ["forward", "head", "loss", "random"])
 def test_soft_labels_that_are_certain_train_like_hard_ones(score):
     images, labels = digits_batch(dtype=torch.float64)
-    rule = Rule(**{"name": "esam", "rho": 0.3, "radius": 0.3, "gamma": 0.5, "score": score})
+    method = sharp(gamma=0.5, score=score)
     results = []
     for shares in (labels, torch.nn.functional.one_hot(labels, 10).double()):
         torch.manual_seed(0)
         network = build_model("cifar_resnet8", 10).double()
-        stats = step(network, Batch(images, shares), rule)
+        stats = step(network, Batch(images, shares), method)
         results.append([*(value.detach() for value in network.state_dict().values()), *stats[:4]])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12, equal_nan=True)
 

@@ -5,22 +5,23 @@ Storages below 1 KiB are left out: losses, scores, labels, scalars. Every parame
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from esam_dist.esam import Memory, esam_step
-from esam_dist.rule import Rule
 from torch import Tensor, nn
 
 from benchmarks.counters.live_bytes import LiveBytes
-from esam_dist import swp
-from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine
+from esam_dist.methods import Method
 from esam_dist.models import Classifier
 from esam_dist.randomness import seed_step
 from esam_dist.ranks import Ranks
+from esam_dist.sharpness_aware import SharpnessAware
+from esam_dist.step import Moment, swp
+from esam_dist.train import CrossEntropy
+from tests.steps import PLAIN, sharp
 
 B, WIDTH, SEED = 8, 256, 5
 
@@ -70,138 +71,146 @@ class Trial:
         module = Classifier(self.watched)
         # As on a GPU, where decay makes a copy of all gradients at once.
         optimizer = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4, foreach=True)
-        self.engine = NativeEngine(module, optimizer, Ranks())
+        self.trainer = SharpnessAware.over(NativeEngine(module, optimizer, Ranks()), PLAIN, Ranks(), seed=SEED)
         self.batch = Batch(torch.randn(B, 1, 4, 4), torch.randint(WIDTH, (B,)))
-        self.memory = Memory()
         self.params = list(module.parameters())
-        self.step(Rule())
+        self.step(PLAIN)
 
-    def step(self, rule: Rule) -> None:
-        clock = PhaseClock(torch.device("cpu"))
-        esam_step(self.engine, self.batch, rule, lr=0.0, ranks=Ranks(), seed=(SEED,), clock=clock, memory=self.memory)
+    def step(self, method: Method, update: int = 0) -> None:
+        self.trainer.method = method
+        self.trainer.step(*self.batch, CrossEntropy(0.0), moment=Moment(update))
 
-    def held_by_descent(self, rule: Rule) -> int:
+    def held_by_descent(self, method: Method, update: int = 0) -> int:
         """What was made in the step and is alive when its last forward pass begins."""
         with LiveBytes(at_least=1024) as live:
             self.watched.live = live
-            self.step(rule)
+            self.step(method, update)
         self.watched.live = None
         return self.watched.at_forward[-1]
 
-    def peak(self, rule: Rule) -> int:
+    def peak(self, method: Method, update: int = 0) -> int:
         with LiveBytes(at_least=1024) as live:
-            self.step(rule)
+            self.step(method, update)
         return live.peak
 
-    def drawn(self, rule: Rule) -> int:
-        return sum(p.nbytes for p in swp.draw(self.engine.module, rule.swp, rule.beta, seed_step(SEED)).params)
+    def drawn(self, method: Any) -> int:
+        """The bytes that `method` draws in update 0."""
+        generator = seed_step(SEED, 0, 0, 0)
+        drawn = swp.draw(self.trainer.engine.module, method.swp, method.beta(0.0), generator)
+        return sum(param.nbytes for param in drawn.params)
 
     @property
     def weights(self) -> int:
         return sum(param.nbytes for param in self.params)
 
 
-def sharp(name: str = "esam", **choices: object) -> Rule:
-    return Rule(name, rho=0.05, radius=0.05, **choices)
+HALF = {"beta": 0.5, "gamma": 0.5}
+LOGITS = B * WIDTH * torch.float32.itemsize
 
 
-LOOKSAM = sharp("looksam", descent="looksam", alpha=0.2)
+def named(value: object) -> str | None:
+    """The id of a parameter that is a method."""
+    if not isinstance(value, Method):
+        return None
+    return "-".join([value.name, *(f"{key}={getattr(value, key)}" for key in ("swp", "exact") if hasattr(value, key))])
 
 
 def test_sgd_holds_nothing():
-    assert Trial(wide()).held_by_descent(Rule()) == 0
+    assert Trial(wide()).held_by_descent(PLAIN) == 0
 
 
 @pytest.mark.parametrize("score", ["forward", "head", "loss", "random"])
 @pytest.mark.parametrize("mode", ["tensor", "suffix", "norm"])
 def test_the_descent_holds_one_copy_of_the_tensors_drawn(mode, score):
-    trial, rule = Trial(wide()), sharp(beta=0.5, gamma=0.5, swp=mode, score=score)
-    head_inputs = B * WIDTH * torch.float32.itemsize if score == "head" else 0
-    assert 0 < trial.drawn(rule) < trial.weights
-    assert trial.held_by_descent(rule) == trial.drawn(rule) + head_inputs
+    trial, method = Trial(wide()), sharp(**HALF, swp=mode, score=score)
+    assert 0 < trial.drawn(method) < trial.weights
+    assert trial.held_by_descent(method) == trial.drawn(method)
 
 
 @pytest.mark.parametrize(
-    ("rule", "copies"),
+    ("method", "copies"),
     [
         (sharp("sam"), 1),
-        (sharp("asam", adaptive_eta=0.01), 1),
+        (sharp("asam"), 1),
         (sharp("msam"), 1),
-        (sharp(beta=0.5, gamma=0.5, swp="element"), 1),
-        (sharp(gamma=0.25, score="random", descent="recycled"), 2),
-        (sharp(gamma=0.25, score="random", descent="recycled_exact"), 2),
-        (sharp("gsam", descent="gsam", alpha=0.2), 2),
-        (sharp("looksam", descent="looksam", alpha=0.2), 2),
+        (sharp(**HALF, swp="element"), 1),
+        (sharp("recycled", gamma=0.25), 2),
+        (sharp("recycled", gamma=0.25, exact=True), 2),
+        (sharp("gsam"), 2),
+        (sharp("looksam"), 2),
     ],
-    ids=lambda value: f"{value.name}-{value.swp}-{value.descent}" if isinstance(value, Rule) else f"{value}",
+    ids=named,
 )
-def test_the_descent_holds_copies_of_all_weights(rule, copies):
+def test_the_descent_holds_copies_of_all_weights(method, copies):
     trial = Trial(wide())
-    assert trial.held_by_descent(rule) == copies * trial.weights
+    assert trial.held_by_descent(method) == copies * trial.weights
 
 
 def test_looksam_holds_its_flat_part_between_steps():
     trial = Trial(wide())
     with LiveBytes(at_least=1024) as live:
-        trial.step(sharp("looksam", descent="looksam", alpha=0.2))
+        trial.step(sharp("looksam"))
         assert live.now == trial.weights
 
 
-@pytest.mark.parametrize("name", ["sgd", "sam", "asam", "msam", "gsam", "esam"])
-def test_nothing_else_outlives_a_step(name):
-    trial, rule = Trial(wide()), Rule() if name == "sgd" else sharp(name, descent=name if name == "gsam" else "kept")
+@pytest.mark.parametrize("name", ["sgd", "sam", "asam", "msam", "gsam", "esam", "recycled"])
+@pytest.mark.parametrize("score", ["forward", "head"])
+def test_nothing_else_outlives_a_step(name, score):
+    selective = {"gamma": 0.5, "score": score} if name in ("esam", "recycled") else {}
+    trial, method = Trial(wide()), PLAIN if name == "sgd" else sharp(name, **selective)
     with LiveBytes(at_least=1024) as live:
-        trial.step(rule)
+        trial.step(method)
         assert live.now == 0
 
 
 @pytest.mark.parametrize("name", ["sam", "asam", "msam"])
 def test_where_activations_dominate_the_peak_is_one_copy_above_sgd(name):
     trial = Trial(Deep())
-    rule = sharp(name, adaptive_eta=0.01 if name == "asam" else None)
-    assert trial.peak(rule) == trial.peak(Rule()) + trial.weights
+    assert trial.peak(sharp(name)) == trial.peak(PLAIN) + trial.weights
 
 
 @pytest.mark.parametrize("score", ["forward", "head", "loss", "random"])
 @pytest.mark.parametrize("mode", ["tensor", "suffix", "norm"])
 def test_where_activations_dominate_esam_on_half_the_samples_needs_no_more_than_sgd(mode, score):
     trial = Trial(Deep())
-    assert trial.peak(sharp(beta=0.5, gamma=0.5, swp=mode, score=score)) <= trial.peak(Rule())
+    assert trial.peak(sharp(**HALF, swp=mode, score=score)) <= trial.peak(PLAIN)
 
 
-def test_where_activations_dominate_a_mask_on_elements_needs_the_logits_more_than_sgd():
+def test_where_activations_dominate_a_mask_on_elements_needs_what_sgd_needs():
     trial = Trial(Deep())
-    rule = sharp(beta=0.5, gamma=0.5, swp="element")
-    assert trial.peak(rule) == trial.peak(Rule()) + B * WIDTH * torch.float32.itemsize
+    assert trial.peak(sharp(**HALF, swp="element")) == trial.peak(PLAIN)
+
+
+LOOKSAM = sharp("looksam")
 
 
 @pytest.mark.parametrize(
-    ("rule", "copies"),
+    ("method", "update", "copies"),
     [
-        (sharp("sam"), 0),
-        (sharp("asam", adaptive_eta=0.01), 0),
-        (sharp("msam"), 0),
-        (sharp(beta=0.5, gamma=0.5), 0),
-        (sharp(beta=0.5, gamma=0.5, swp="element"), 0),
-        (sharp(gamma=0.25, score="random", descent="recycled"), 2),
-        (sharp(gamma=0.25, score="random", descent="recycled_exact"), 2),
-        (sharp("gsam", descent="gsam", alpha=0.2), 5),
-        (LOOKSAM, 4),
-        (replace(LOOKSAM, reuses=True), 2),
+        (sharp("sam"), 0, 0),
+        (sharp("asam"), 0, 0),
+        (sharp("msam"), 0, 0),
+        (sharp(**HALF), 0, 0),
+        (sharp(**HALF, swp="element"), 0, 0),
+        (sharp("recycled", gamma=0.25), 0, 2),
+        (sharp("recycled", gamma=0.25, exact=True), 0, 2),
+        (sharp("gsam"), 0, 3),
+        (LOOKSAM, 0, 2),
+        (LOOKSAM, 1, 1),
     ],
-    ids=lambda value: f"{value.name}-{value.swp}-{value.descent}" if isinstance(value, Rule) else f"{value}",
+    ids=named,
 )
-def test_where_weights_dominate_the_peak_is_so_many_copies_above_sgd(rule, copies):
+def test_where_weights_dominate_the_peak_is_so_many_copies_above_sgd(method, update, copies):
     trial = Trial(wide())
-    plain = trial.peak(Rule())
-    if rule.reuses:
-        trial.step(LOOKSAM)
+    plain = trial.peak(PLAIN)
+    if update:
+        trial.step(method)
     # Passes and update peak at different times: what is left beside whole copies is two activations at most.
-    assert abs(trial.peak(rule) - plain - copies * trial.weights) <= 2 * B * WIDTH * torch.float32.itemsize
+    assert abs(trial.peak(method, update) - plain - copies * trial.weights) <= 2 * LOGITS
 
 
 def test_the_count_sees_a_copy_too_many(monkeypatch):
-    trial, rule = Trial(wide()), sharp("sam")
+    trial, method = Trial(wide()), sharp("sam")
     kept = []
     forward = trial.watched.network.forward
 
@@ -210,4 +219,4 @@ def test_the_count_sees_a_copy_too_many(monkeypatch):
         return forward(images)
 
     monkeypatch.setattr(trial.watched.network, "forward", with_a_copy)
-    assert trial.held_by_descent(rule) == 2 * trial.weights
+    assert trial.held_by_descent(method) == 2 * trial.weights

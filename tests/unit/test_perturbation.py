@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from esam_dist import perturb
+from esam_dist.step import perturbation
+from esam_dist.step.vector import Vector
 
 
 def parameters(shapes, seed, dtype=torch.float32):
@@ -21,6 +22,14 @@ DTYPES = st.sampled_from([torch.float32, torch.float64])
 some = settings(deadline=None)
 
 
+def along(params, directions, radius):
+    return perturbation.along(Vector(params, directions), radius)
+
+
+def perturbed(params, eps, *, keep=False):
+    return perturbation.perturbed([param.detach() for param in params], eps, keep=keep)
+
+
 def norm_of(tensors):
     return float(torch.cat([tensor.detach().double().flatten() for tensor in tensors]).norm())
 
@@ -33,8 +42,8 @@ def test_perturbation_has_the_radius_and_is_taken_back_to_the_bit(shapes, seed, 
     grads = [torch.randn_like(param) for param in params]
     given_grads = [grad.clone() for grad in grads]
     storages = [param.data_ptr() for param in params]
-    eps = perturb.along(params, grads, radius)
-    with perturb.perturbed(eps, keep_directions=keeps):
+    eps = along(params, grads, radius)
+    with perturbed(params, eps, keep=keeps):
         moved = norm_of([param.double() - was.double() for param, was in zip(params, before, strict=True)])
         # A moved weight is rounded by half a unit in its own last place; norm and factor by a few in the radius'.
         rounding = torch.finfo(dtype).eps
@@ -53,17 +62,17 @@ def test_one_entry_that_is_not_finite_anywhere_moves_nothing(shapes, seed, bad, 
     grads = [torch.randn_like(param) for param in params]
     spoilt = data.draw(st.sampled_from(grads)).view(-1)
     spoilt[data.draw(st.integers(0, len(spoilt) - 1))] = bad
-    eps = perturb.along(params, grads, 0.5)
+    eps = along(params, grads, 0.5)
     assert not eps.finite
-    with perturb.perturbed(eps, keep_directions=keeps):
+    with perturbed(params, eps, keep=keeps):
         assert all(torch.equal(param, was) for param, was in zip(params, before, strict=True))
     assert all(torch.equal(param, was) for param, was in zip(params, before, strict=True))
 
 
 def test_a_perturbation_of_no_weights_is_none_and_finite():
-    eps = perturb.along([], [], 0.5)
+    eps = along([], [], 0.5)
     assert eps.finite
-    with perturb.perturbed(eps):
+    with perturbed([], eps):
         pass
 
 
@@ -73,7 +82,7 @@ def test_weights_are_restored_when_the_block_raises():
     seen = []
 
     def fails():
-        with perturb.perturbed(perturb.along([param], [torch.ones(3)], 1.0)):
+        with perturbed([param], along([param], [torch.ones(3)], 1.0)):
             seen.append(param.detach().clone())
             raise RuntimeError("out of memory")
 
@@ -89,45 +98,21 @@ def test_direction_that_is_not_finite_moves_nothing_and_says_so(bad):
     before = [param.detach().clone() for param in params]
     grads = [torch.ones(2, 2), torch.ones(3)]
     grads[0][0, 1] = bad  # 3e38 is finite; its square, and so the norm, is not
-    eps = perturb.along(params, grads, 0.5)
+    eps = along(params, grads, 0.5)
     assert not eps.finite
-    with perturb.perturbed(eps):
+    with perturbed(params, eps):
         assert all(torch.equal(param, was) for param, was in zip(params, before, strict=True))
 
 
 def test_direction_of_zeros_moves_nothing_and_is_finite():
     (param,) = parameters([(4,)], 2)
     before = param.detach().clone()
-    eps = perturb.along([param], [torch.zeros(4)], 0.5)
+    eps = along([param], [torch.zeros(4)], 0.5)
     assert eps.finite
-    with perturb.perturbed(eps):
+    with perturbed([param], eps):
         assert torch.equal(param, before)
 
 
 @pytest.mark.parametrize(("scale", "expected"), [("none", 0.1), ("paper", 0.2), ("released", 0.4)])
 def test_radius_grows_as_the_scale_says(scale, expected):
-    assert perturb.radius(0.1, 0.25, scale) == pytest.approx(expected, rel=1e-15)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.3])
-def test_adaptive_perturbation_is_the_formula_of_asam(eta):
-    w, g = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64), torch.tensor([0.3, 0.4, -1.0], dtype=torch.float64)
-    param = nn.Parameter(w.clone())
-    T = torch.diag(w.abs() + eta)
-    expected = 0.7 * (T @ T @ g) / (T @ g).norm()
-    with perturb.perturbed(perturb.along_adaptive([param], [g.clone()], 0.7, eta)):
-        torch.testing.assert_close(param.detach() - w, expected, rtol=1e-14, atol=1e-14)
-
-
-def test_adaptive_perturbation_does_not_change_when_layers_are_rescaled():
-    """ASAM's reason to be: scale one layer up and the next down, and the perturbed function stays the same."""
-    first, second = (nn.Parameter(torch.randn(3, 3, dtype=torch.float64)) for _ in range(2))
-    x = torch.randn(5, 3, dtype=torch.float64)
-
-    def perturbed_loss(a, b):
-        params = [nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())]
-        grads = torch.autograd.grad((x @ params[0] @ params[1]).square().mean(), params)
-        with perturb.perturbed(perturb.along_adaptive(params, list(grads), 0.1, 0.0)):
-            return float((x @ params[0] @ params[1]).square().mean().detach())
-
-    assert perturbed_loss(first, second) == pytest.approx(perturbed_loss(first * 4, second / 4), rel=1e-12)
+    assert perturbation.radius(0.1, 0.25, scale) == pytest.approx(expected, rel=1e-15)
