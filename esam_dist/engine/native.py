@@ -82,7 +82,8 @@ class NativeEngine(Engine):
         for param, grad in zip(gradient.params, grads, strict=True):
             param.grad = grad if param.grad is None else param.grad.add_(grad)
         if self.ends_update:
-            self._ranks.average_([param.grad for param in gradient.params if param.grad is not None])
+            # Also those that only earlier micro-batches have.
+            self._ranks.average_([param.grad for param in self.module.parameters() if param.grad is not None])
 
     def step(self, lr: float | None) -> Tensor:
         """See `Engine`."""

@@ -19,3 +19,10 @@ def two_ranks(two_ranks_kept: list[Cluster]) -> Cluster:
         two_ranks_kept[0].close()
         two_ranks_kept[0] = Cluster(2)
     return two_ranks_kept[0]
+
+
+@pytest.fixture(scope="session")
+def three_ranks() -> Iterator[Cluster]:
+    cluster = Cluster(3)
+    yield cluster
+    cluster.close()

@@ -175,6 +175,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "esam": {"scope": "rank"},
     "recycled": {"name": "recycled", "score": "forward", "gamma": 0.5},
     "recycled_exact": {"name": "recycled", "exact": True, "score": "random", "scope": "rank", "gamma": 0.5},
+    "asam": {"name": "asam"},
     "gsam": {"name": "gsam"},
     "looksam_between": {"name": "looksam", "interval": 2},
 }
@@ -186,6 +187,7 @@ METHODS: dict[str, dict[str, Any]] = {
         *((method, "native") for method in METHODS),
         *(("esam", engine) for engine in ("zero1", "zero2")),
         ("looksam_between", "zero1"),
+        *((method, "zero3") for method in ("asam", "gsam")),
     ],
 )
 def test_overflow_of_both_passes_skips_perturbation_and_update_and_halves_the_scale(

@@ -44,8 +44,24 @@ MODES: dict[str, dict[str, Any]] = {
     "recycled_forward": {"name": "recycled", "score": "forward", "gamma": 0.5},
     "recycled_exact": {"name": "recycled", "exact": True, "score": "random", "scope": "rank", "gamma": 0.5},
     "interval": {"interval": 2},
+    "gsam_interval": {"name": "gsam", "alpha": 0.4, "interval": 2},
     "groups": {"scope": "rank", "group_size": 3},
     "groups_gsam": {"name": "gsam", "alpha": 0.4, "group_size": 2},
+}
+DIRECTIONS: dict[str, dict[str, Any]] = {
+    "momentum": {"direction": "momentum"},
+    "momentum_random": {"direction": "momentum", "score": "random"},
+    "momentum_element": {"direction": "momentum", "swp": "element", "score": "loss"},
+    "previous": {"direction": "previous", "scope": "rank"},
+    "previous_suffix": {"direction": "previous", "swp": "suffix", "score": "head"},
+    "average": {"direction": "average", "beta": 1.0},
+    "residual": {"direction": "residual", "beta": 1.0, "sigma": 0.8, "score": "random"},
+    "recycled_momentum": {"name": "recycled", "direction": "momentum", "score": "forward", "gamma": 0.5},
+    "recycled_average": {"name": "recycled", "direction": "average", "score": "loss", "gamma": 0.34},
+    "recycled_exact_previous": {
+        **{"name": "recycled", "exact": True, "score": "random", "scope": "rank", "gamma": 0.5},
+        "direction": "previous",
+    },
 }
 ENGINES = {
     "native": {"name": "native"},
@@ -105,6 +121,28 @@ def test_two_ranks_equal_the_simulation_of_both(two_ranks: Cluster, mode: str, e
     check(two_ranks, configuration(MODES[mode], engine=ENGINES[engine]))
 
 
+def engines_for(modes: list[str], quick: set[str]) -> list[Any]:
+    """Every mode under every engine; quick are those of `quick`, "mode-engine", and all under the native one."""
+    return [
+        pytest.param(mode, engine, marks=[] if engine == "native" or f"{mode}-{engine}" in quick else pytest.mark.slow)
+        for mode in modes
+        for engine in ENGINES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "engine"),
+    engines_for(list(DIRECTIONS), quick={"momentum-zero1", "previous_suffix-zero2", "recycled_average-zero1"}),
+)
+def test_two_ranks_equal_the_simulation_along_any_direction(two_ranks: Cluster, mode: str, engine: str) -> None:
+    check(two_ranks, configuration(DIRECTIONS[mode], engine=ENGINES[engine]))
+
+
+@pytest.mark.parametrize("mode", ["esam_global", "gsam", "looksam"])
+def test_three_ranks_equal_the_simulation_of_all(three_ranks: Cluster, mode: str) -> None:
+    check(three_ranks, configuration(MODES[mode]), num_ranks=3)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_accumulation_clipping_and_nesterov_equal_the_simulation(two_ranks: Cluster, engine: str) -> None:
     cfg = configuration(
@@ -114,15 +152,6 @@ def test_accumulation_clipping_and_nesterov_equal_the_simulation(two_ranks: Clus
         optim={"clip_grad_norm": 0.3, "nesterov": True},
     )
     check(two_ranks, cfg)
-
-
-def engines_for(modes: list[str], quick: set[str]) -> list[Any]:
-    """Every mode under every engine; quick are those of `quick`, "mode-engine", and all under the native one."""
-    return [
-        pytest.param(mode, engine, marks=[] if engine == "native" or f"{mode}-{engine}" in quick else pytest.mark.slow)
-        for mode in modes
-        for engine in ENGINES
-    ]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +195,12 @@ SHARED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mode", SHARED)
 def test_zero3_equals_the_simulation_of_a_shared_perturbation(two_ranks: Cluster, mode: str) -> None:
     check(two_ranks, configuration(SHARED[mode], engine={"name": "deepspeed", "zero_stage": 3}))
+
+
+@pytest.mark.parametrize("mode", ["esam_global", "gsam"])
+def test_clipping_under_zero3_equals_the_simulation(two_ranks: Cluster, mode: str) -> None:
+    engine = {"name": "deepspeed", "zero_stage": 3}
+    check(two_ranks, configuration(SHARED[mode], engine=engine, optim={"clip_grad_norm": 0.3}))
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -6,14 +6,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from esam_dist.data import Batch
 from esam_dist.engine import build_engine
 from esam_dist.evaluate import evaluate
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
+from esam_dist.sharpness_aware import SharpnessAware
+from esam_dist.step import Moment
+from esam_dist.train import micro_batch
 from tests.multiprocess.cluster import Cluster
-from tests.multiprocess.problem import BATCH, Outcome, configuration, make_network, train_rank
+from tests.multiprocess.problem import (
+    BATCH,
+    CLASSES,
+    Outcome,
+    configuration,
+    make_batch,
+    make_network,
+    train_rank,
+)
 
 ENGINES = {
     "native": {"name": "native"},
@@ -110,6 +122,36 @@ def test_groups_of_samples_make_results_independent_of_the_number_of_ranks(two_r
         torch.testing.assert_close(spread[0].state["model"][name], value, rtol=1e-11, atol=1e-12)
     whole = train_rank(Ranks(), configuration({"scope": "rank"}, data={"batch_size": 2 * BATCH}), 4, torch.float64)
     assert whole.digest != alone.digest
+
+
+class Branches(nn.Module):
+    """Bright images take another way than dark ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bright, self.dark = nn.Linear(3, CLASSES), nn.Linear(3, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.bright if images.mean() > 0 else self.dark)(images.mean(dim=(2, 3)))
+
+
+def train_branches(ranks: Ranks, cfg: Any) -> dict[str, Tensor]:
+    """One update whose first micro-batch is bright and whose last is dark; how far the weights moved."""
+    network = Branches()
+    before = {name: param.detach().clone() for name, param in network.named_parameters()}
+    trainer = SharpnessAware.over(build_engine(network, cfg, ranks), cfg.method, ranks)
+    for micro, sign in enumerate((1.0, -1.0)):
+        images, labels = make_batch(ranks.rank, 0, micro, torch.float32)
+        micro_batch(trainer, Batch(sign * images.abs(), labels), cfg, Moment(), cfg.optim.lr)
+    return {name: param.detach() - before[name] for name, param in network.named_parameters()}
+
+
+def test_weights_that_only_an_earlier_micro_batch_uses_move_alike_on_all_ranks(two_ranks: Cluster) -> None:
+    cfg = configuration({"name": "gsam"}, train={"accumulate": 2})
+    ours, theirs = two_ranks.run(train_branches, cfg)
+    assert all(moved.norm() > 0 for moved in ours.values())
+    assert_same_bits(ours, theirs)
 
 
 class Shares:

@@ -20,10 +20,12 @@ def choose(scores: list[list[float]], sds: Sds) -> list[list[int]]:
     if sds.transport == "thresholds":
         return by_threshold(scores, sds)
     W, B = len(scores), len(scores[0])
-    kept = [best_first(mine)[:1] for mine in scores]
-    everyone = sorted(((score, r, i) for r, mine in enumerate(scores) for i, score in enumerate(mine)), reverse=True)
+    rankings = [best_first(mine) for mine in scores]
+    kept = [ranking[:1] for ranking in rankings]
+    # Of equal scores those that rank first among their own rank's, then those of the first ranks.
+    places = ((-scores[r][i], place, r, i) for r, ranking in enumerate(rankings) for place, i in enumerate(ranking))
     most = capacity(sds, B) or B
-    for _, r, i in everyone:
+    for _, _, r, i in sorted(places):
         if sum(map(len, kept)) < count_over_ranks(sds, W, B) and i not in kept[r] and len(kept[r]) < most:
             kept[r].append(i)
     return [sorted(index) for index in kept]
