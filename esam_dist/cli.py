@@ -109,6 +109,7 @@ def _train(args: argparse.Namespace) -> int:
     cfg = config.load(args.config, args.overrides)
     ranks = Ranks.from_environment()
     stop_requested = _catch_signals()
+    launch.lifeline.hold()
     # All that the user can get wrong is found here, before the ranks meet.
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
