@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -60,11 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         status = args.run(args) or 0
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank > 0:
-            # Most errors are alike on all ranks: let rank 0 say it once, before its launcher ends us all.
-            time.sleep(2.0)
-        print(f"esam-dist: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        launch.mistake.say(error)
         status = USER_ERROR
     sys.exit(status)
 

@@ -1,10 +1,10 @@
 """`esam-dist launch`: checks, composes torchrun, deepspeed, Slurm or Kubernetes, and waits for the job.
 
-And a rank ends when whoever launched it is gone (`lifeline`).
+And what a rank owes whoever launched it: to end when it is gone (`lifeline`), and to say a mistake once (`mistake`).
 """
 
-from esam_dist.launch import lifeline
+from esam_dist.launch import lifeline, mistake
 from esam_dist.launch.arguments import add_arguments
 from esam_dist.launch.start import run
 
-__all__ = ["add_arguments", "lifeline", "run"]
+__all__ = ["add_arguments", "lifeline", "mistake", "run"]
