@@ -60,9 +60,10 @@ class Ranks:
         """Begin to collect every rank's `tensor`: `wait` returns [W, *tensor.shape], in the order of ranks."""
         if self.world_size == 1:
             return Pending(tensor.unsqueeze(0), None)
-        # Flat: gloo takes the concatenated form only, nccl either.
+        # Flat: gloo takes the concatenated form only, nccl either. Recent versions warn about the old name.
         gathered = tensor.new_empty(self.world_size * tensor.numel())
-        work = dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), async_op=True)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(gathered, tensor.contiguous().view(-1), async_op=True)
         return Pending(gathered.view(self.world_size, *tensor.shape), work)
 
     def sum_later(self, tensor: Tensor) -> Pending:

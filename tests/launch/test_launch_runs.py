@@ -44,6 +44,7 @@ def test_rank_with_loader_processes_stops_with_a_checkpoint(digits, tmp_path):
         until(lambda: " step 6/" in shown.read_text(), 200, "six updates are shown")
         running.terminate()
         assert running.wait(120) == 143, shown.read_text()[-3000:]
+    assert "Warning" not in shown.read_text()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert (tmp_path / f"run/checkpoints/step_{max(row['step'] for row in rows):08d}").is_dir(), shown.read_text()[
         -3000:
