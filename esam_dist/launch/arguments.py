@@ -186,10 +186,24 @@ def _slots(path: Path) -> list[int]:
 
 
 def _rendezvous(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":") if ":" in text else (text, "", str(PORT))
-    if not port.isdigit() or not 0 < int(port) < 65536 or (text and not host):
-        raise UserError(f"--rendezvous {text}: give HOST or HOST:PORT of node 0")
-    return host, int(port)
+    """Host and port of HOST, HOST:PORT, or an IPv6 address: bare, or in brackets with or without a port."""
+    if not text:
+        return "", PORT
+    bare = re.fullmatch(r"[^\[\]]*:[^\[\]]*:[^\[\]]*", text)  # an address has two colons or more, a name none
+    match = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^\[\]:]+))(?::([0-9]{1,5}))?", text)
+    host, port = (text, PORT) if bare else (match[1] or match[2] or "", int(match[3] or PORT)) if match else ("", 0)
+    if (":" in host or "[" in text) and not _is_ipv6(host):
+        host = ""
+    if not host or not 0 < port < 65536:
+        raise UserError(f"--rendezvous {text}: give HOST or HOST:PORT of node 0; an IPv6 address as [ADDRESS]:PORT")
+    return host, port
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(text))
+    except ValueError:
+        return False
 
 
 def _default_ranks(launcher: str) -> int:

@@ -96,3 +96,20 @@ def test_script_for_one_node_trains(script, digits, tmp_path):
         assert running.wait(600) == 0, (tmp_path / "log").read_text()[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(row["samples"] for row in rows if row["kind"] == "train") == 6 * 16 * 2
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_deepspeed_trains_in_a_process_that_no_launcher_started(digits, tmp_path, stage):
+    method = "method.name=sam" if stage == 3 else "method.name=esam"
+    overrides = [f"run.folder={tmp_path / 'run'}", "engine.name=deepspeed", f"engine.zero_stage={stage}", method]
+    words = [sys.executable, "-m", "esam_dist", "train", str(digits / "config.yaml"), *overrides, "train.max_steps=4"]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    # the variable of a Service of the name `master`, in any pod of its namespace
+    env |= {"MASTER_PORT": "tcp://10.0.0.1:80"}
+    done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(row["samples"] for row in rows if row["kind"] == "train") == 4 * 16
+    assert (tmp_path / "run/checkpoints/step_00000004").is_dir()
