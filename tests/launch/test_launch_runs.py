@@ -1,7 +1,9 @@
 """`esam-dist launch` on this machine: real ranks under torchrun and deepspeed."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +115,28 @@ def test_deepspeed_trains_in_a_process_that_no_launcher_started(digits, tmp_path
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(row["samples"] for row in rows if row["kind"] == "train") == 4 * 16
     assert (tmp_path / "run/checkpoints/step_00000004").is_dir()
+
+
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("nodes", ["2", "2:3"], ids=["numbered", "elastic"])
+def test_two_nodes_meet_at_an_ipv6_address(digits, tmp_path, nodes):
+    meeting = f"--rendezvous=[::1]:{free_ports(1)}"
+    overrides = [f"run.folder={tmp_path / 'run'}", "train.max_steps=4"]
+    with contextlib.ExitStack() as stack:
+        running = []
+        for node in range(2):
+            options = [f"--nnodes={nodes}", f"--node-rank={node}", meeting, "--local-addr=::1"]
+            words = [*command(digits, *options, overrides), f"--logs={tmp_path / str(node)}", "--nproc-per-node=1"]
+            running.append(stack.enter_context(started(words, tmp_path / f"log{node}", cwd=ROOT)))
+        statuses = [node.wait(250) for node in running]
+    assert statuses == [0, 0], "".join((tmp_path / f"log{node}").read_text() for node in range(2))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(row["samples"] for row in rows if row["kind"] == "train") == 4 * 16 * 2
