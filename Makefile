@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check test-slow bench bench-full readme clean
+.PHONY: train test check test-slow bench bench-full tables clean
 
 # ESAM on handwritten digits, on two ranks: continues where it was stopped; `rm -r runs/digits_esam` starts anew.
 train: .venv/installed data/digits/dataset.json
@@ -28,9 +28,9 @@ bench: .venv/installed data/digits/dataset.json
 bench-full: .venv/installed data/digits/dataset.json
 	$(BIN)/python -m benchmarks --full
 
-# The tables of config keys and of costs.
-readme: .venv/installed
-	$(BIN)/python -m tests.unit.test_readme
+# The tables of the documentation: config keys and costs.
+tables: .venv/installed
+	$(BIN)/python -m docs.tables
 
 # All but the data and the runs.
 clean:

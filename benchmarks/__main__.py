@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent
 
 STEP_COST = ["benchmarks.step_cost"]
 OTHERS = {
-    "how fast images become batches": ["benchmarks.data"],
-    "how well the windowed order shuffles": ["benchmarks.data_shuffle"],
+    "how fast images become batches": ["benchmarks.data", "--out", str(ROOT / "data/results/loaders_quick.csv")],
+    "how well the windowed order shuffles": ["benchmarks.data.shuffle"],
     "what it costs to choose among all ranks": ["benchmarks.coordination"],
 }
 

@@ -1,4 +1,4 @@
-"""SHA-256 of a file: what shards and checkpoints are checked by."""
+"""SHA-256 of a file, by which shards and checkpoints are checked."""
 
 from __future__ import annotations
 

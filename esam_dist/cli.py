@@ -10,26 +10,28 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 from esam_dist import __version__, config, launch, report
+from esam_dist.averaging import WeightAverage, averaged_model
 from esam_dist.checkpoint import Checkpoints, State, read
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import build_engine
 from esam_dist.errors import LossNotFiniteError, UserError
-from esam_dist.esam import Memory
 from esam_dist.evaluate import evaluate
-from esam_dist.metrics import Metrics, Standing, rewind
+from esam_dist.metrics import Metrics, rewind
 from esam_dist.models import Classifier, build_model, compile_network
+from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks, joined
 from esam_dist.run_folder import History, note_not_finite, open_run_folder, read_history
-from esam_dist.score import watched_head
-from esam_dist.swp import has_norms
-from esam_dist.train import TrainState, final_step, train
+from esam_dist.sharpness_aware import SharpnessAware
+from esam_dist.train import Training, final_step, train
 
 USER_ERROR = 2
 STOPPED = 128 + signal.SIGTERM
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command("evaluate", _evaluate, "Score a checkpoint of a run on its validation data.")
     added.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
     added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to its configuration")
+    added.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
     added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
     launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
@@ -112,19 +115,23 @@ def _train(args: argparse.Namespace) -> int:
     folder = open_run_folder(cfg, ranks)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
     saved = _find_state(cfg, checkpoints, module) if ranks.is_first else None
-    standing = _standing(cfg, ranks, saved, read_history(folder), data) if ranks.is_first else None
+    progress = _progress(cfg, saved, read_history(folder), data) if ranks.is_first else None
     limit = cfg.engine.collective_timeout_seconds
-    with closing(_open_metrics(cfg, ranks, folder, standing)) as metrics, joined(limit) as ranks:
+    with closing(_open_metrics(cfg, ranks, folder, progress)) as metrics, joined(limit) as ranks:
         engine = build_engine(module, cfg, ranks)
-        saved, standing = ranks.share((saved, standing))
-        assert standing is not None
-        metrics.take_up(standing)
-        state, memory = _train_state(saved), Memory()
+        saved, progress = ranks.share((saved, progress))
+        assert progress is not None
+        metrics.take_up(progress)
+        trainer = SharpnessAware.over(engine, cfg.method, ranks, seed=cfg.run.seed)
         if saved is not None:
             engine.load_state_dict(saved["engine"])
-            memory.load_state_dict(saved.get("method", {}), ranks.device)
+            trainer.state.load_state_dict(saved.get("method", {}))
+        average = _average(cfg, engine.module, progress, data.num_samples)
+        if average is not None and saved is not None:
+            average.load_state_dict(saved.get("average", {}))
+        run = Training(cfg, trainer, data, validation, metrics, checkpoints, progress, stop_requested, average)
         try:
-            finished = train(engine, data, validation, cfg, ranks, metrics, checkpoints, state, memory, stop_requested)
+            finished = train(run)
         except LossNotFiniteError:
             if ranks.is_first:
                 note_not_finite(folder)
@@ -142,7 +149,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     module = _build_module(cfg, validation.num_classes).to(ranks.device)
     state = read(path)
     _check_fits(path, state, cfg, module)
-    module.load_state_dict(state["engine"]["model"])
+    weights = state["engine"]["model"]
+    if args.averaged:
+        if not state.get("average"):
+            raise UserError(
+                f"checkpoint {path}: holds no average; train with train.average = ema, or leave out --averaged"
+            )
+        weights = averaged_model(weights, state["average"])
+    module.load_state_dict(weights)
     with joined(cfg.engine.collective_timeout_seconds) as ranks:
         score = evaluate(module, validation, ranks)
     if ranks.is_first:
@@ -181,15 +195,9 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
     device = Ranks.from_environment().device
     network = build_model(cfg.model.name, num_classes)
     classifier = Classifier(network, cfg.train.precision, channels_last=cfg.train.channels_last).to(device)
-    if cfg.method.name == "esam" and cfg.method.swp == "norm" and not has_norms(classifier):
-        raise UserError(
-            f"method.swp = norm perturbs normalisation layers, and model.name = {cfg.model.name} has none; "
-            "use method.swp = tensor"
-        )
-    if cfg.method.name == "esam" and cfg.method.score == "head":
-        watched_head(classifier)
+    cfg.method.prepare(classifier)
     if cfg.train.compile:
-        compile_network(network, by_block=cfg.method.name == "esam" and cfg.method.swp == "suffix")
+        compile_network(network, by_block=cfg.method.stops_early)
     return classifier
 
 
@@ -216,33 +224,38 @@ def _check_fits(path: Path, state: State, cfg: config.Config, module: Classifier
         )
 
 
-def _train_state(saved: State | None) -> TrainState:
-    # Named: checkpoints of earlier versions hold more.
-    return TrainState(saved["train"]["step"], saved["train"]["samples_seen"]) if saved else TrainState()
-
-
-def _standing(cfg: config.Config, ranks: Ranks, saved: State | None, history: History, data: TrainData) -> Standing:
-    state = _train_state(saved)
-    samples_per_step = cfg.data.batch_size * ranks.world_size * cfg.train.accumulate
-    return Standing(
-        planned_steps=final_step(cfg, state, data.num_samples, samples_per_step),
-        step=state.step,
-        samples=state.samples_seen,
+def _progress(cfg: config.Config, saved: State | None, history: History, data: TrainData) -> Progress:
+    """Where the run stands, in a process that begins now."""
+    progress = Progress.of(saved["train"] if saved else None)
+    world_size = Ranks.from_environment().world_size
+    samples_per_step = cfg.data.batch_size * world_size * cfg.train.accumulate
+    return replace(
+        progress,
+        planned_steps=final_step(cfg, progress, data.num_samples, samples_per_step),
         restarts=max(0, history.starts - 1),
         not_finite=history.not_finite,
     )
 
 
-def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, standing: Standing | None) -> Metrics:
-    if standing is not None:
-        rewind(folder, standing.step)
+def _average(cfg: config.Config, module: nn.Module, progress: Progress, num_samples: int) -> WeightAverage | None:
+    """What `train.average` asks for."""
+    train = cfg.train
+    if train.average == "none":
+        return None
+    every = train.average_every or max(1, round(progress.planned_steps / train.epochs))
+    return WeightAverage(module, train.average, decay=train.average_decay, last=train.average_last, every=every)
+
+
+def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, progress: Progress | None) -> Metrics:
+    if progress is not None:
+        rewind(folder, progress.step)
     return Metrics(
         folder,
         cfg.metrics,
         rank=ranks.rank,
         local_rank=ranks.local_rank,
         world_size=ranks.world_size,
-        standing=standing,
+        progress=progress,
         run_info={
             "version": __version__,
             "model": cfg.model.name,

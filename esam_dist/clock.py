@@ -19,7 +19,7 @@ class PhaseClock:
         self._stamps: list[tuple[str, torch.cuda.Event | float]] = []
 
     def start(self) -> None:
-        """Begin a new interval: the time until the next `end` counts, the time before does not."""
+        """Begin a new interval: time before this call is not counted, time until the next `end` is."""
         self._stamps.append(("", self._now()))
 
     def end(self, phase: str) -> None:

@@ -7,7 +7,7 @@ ValueError
 
 
 def printable(text: str) -> str:
-    """`text` as it can be logged: names and messages from outside may hold a line's end, or what a terminal obeys."""
+    """`text` as it can be logged: text from outside may hold line breaks, or control codes that a terminal obeys."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -16,4 +16,4 @@ class UserError(ValueError):
 
 
 class LossNotFiniteError(UserError):
-    """The training loss became infinite or no number."""
+    """The training loss became infinite or NaN."""

@@ -1,4 +1,4 @@
-"""Validation over all ranks, counted exactly: every sample once, whatever the number of ranks."""
+"""Validation over all ranks: every sample is counted exactly once, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esam_dist.errors import UserError
 from esam_dist.ranks import Ranks
 
 
-class Score(NamedTuple):
+class Evaluation(NamedTuple):
     """How well a model does on a validation set."""
 
     accuracy: float
@@ -35,12 +35,12 @@ def evaluate(
     *,
     in_step: bool = False,
     beat: Callable[[], None] = lambda: None,
-) -> Score:
-    """Score `module` in evaluation mode. Called by all ranks together; each reads its share; all get the result.
+) -> Evaluation:
+    """Evaluate `module` in evaluation mode. All ranks call it together; each reads its share; all get the result.
 
     Ranks may hold unequal numbers of batches: the only collective is the sum at the end. `in_step` is for a module
-    whose forward pass is itself a collective (ZeRO 3): a rank that has no batch left passes an empty one along.
-    `beat` is called after every batch: a sign of life. Raises UserError, on all ranks, when no sample could be read.
+    whose forward pass is itself a collective (ZeRO 3): a rank that has no batch left then takes part with an empty one.
+    `beat` is called after every batch, as a sign of life. Raises UserError, on all ranks, when no sample could be read.
     """
     was_training = module.training
     module.eval()
@@ -56,11 +56,11 @@ def evaluate(
     first, top5, loss_sum, num_samples = ranks.sum_(totals).tolist()
     if not num_samples:
         raise UserError("data.path: not one sample of the validation set can be read; prepare the data again")
-    return Score(first / num_samples, top5 / num_samples, loss_sum / num_samples, int(num_samples))
+    return Evaluation(first / num_samples, top5 / num_samples, loss_sum / num_samples, int(num_samples))
 
 
 def _in_step(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
-    """The rank's batches, and after them, while any rank has one, a single black image that counts for nothing."""
+    """The rank's batches, then, while any rank still has one, a single black image that is not counted."""
     empty: Batch | None = None
     while True:
         batch = next(batches, None)

@@ -1,4 +1,4 @@
-"""Random numbers as functions of names, and drawn twice where two passes must agree."""
+"""Random numbers as functions of integers such as seed and step, and drawn twice where two passes must agree."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ from torch import Tensor
 
 
 def seed_step(*names: int) -> torch.Generator:
-    """Seed torch's own generators (dropout) for one step, and return one more for the draws that are ours."""
+    """Seed torch's own generators (dropout) for one step, and return another generator for our own draws."""
     own, ours = np.random.SeedSequence(names).generate_state(2, np.uint64)
     torch.manual_seed(int(own))
     return torch.Generator().manual_seed(int(ours))
+
+
+@contextmanager
+def seeded(names: tuple[int, ...], device: torch.device) -> Iterator[torch.Generator]:
+    """`seed_step` for the length of the block; behind it, torch's generators go on as if nothing had been drawn."""
+    before = [Randomness.now(place) for place in {torch.device("cpu"), device}]
+    try:
+        yield seed_step(*names)
+    finally:
+        for state in before:
+            state.restore()
 
 
 @dataclass(frozen=True)
@@ -27,21 +38,22 @@ class Randomness:
 
     @staticmethod
     def now(device: torch.device) -> Randomness:
-        """Its state at this moment. Does not wait for a GPU: the state is kept on the host."""
+        """The state at this moment. Does not wait for a GPU: the state is kept on the host."""
         on_gpu = device.type == "cuda"
         return Randomness(device, torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state())
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside the block, draw what was drawn after this state; afterwards, go on as if nothing had been."""
+        """Inside the block, draw again what was drawn after this state; afterwards, continue as if it had not been."""
         after = Randomness.now(self.device)
-        self._set()
+        self.restore()
         try:
             yield
         finally:
-            after._set()
+            after.restore()
 
-    def _set(self) -> None:
+    def restore(self) -> None:
+        """Go on from this state."""
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(self.state, self.device)
         else:

@@ -1,6 +1,7 @@
-"""Who this process is in the job, and every collective that is ours.
+"""Which process of the job this is, and all our own collectives.
 
-The gradient's all-reduce belongs to DDP or DeepSpeed; what stands here is small: scores, statistics, BatchNorm buffers.
+The gradient's all-reduce belongs to DDP or DeepSpeed. What is exchanged here is small: scores, statistics, BatchNorm
+buffers.
 """
 
 from __future__ import annotations
@@ -40,9 +41,26 @@ class Pending:
         return self._result
 
 
+@dataclass
+class PendingMean:
+    """An average under way."""
+
+    _sum: Pending
+    _shapes: list[torch.Size]
+    _world_size: int
+
+    def wait(self) -> list[Tensor]:
+        """The mean over ranks of each tensor."""
+        flat = self._sum.wait()
+        if self._world_size > 1:
+            flat.div_(self._world_size)
+        parts = torch.split(flat, [shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world_size`, the `local_rank`-th on its node, computing on `device`."""
+    """This process among all: rank `rank` of `world_size`, number `local_rank` on its node, computing on `device`."""
 
     rank: int = 0
     local_rank: int = 0
@@ -51,7 +69,7 @@ class Ranks:
 
     @staticmethod
     def from_environment() -> Ranks:
-        """Read what torchrun or deepspeed set (RANK, LOCAL_RANK, WORLD_SIZE); without them, one process alone.
+        """Read RANK, LOCAL_RANK and WORLD_SIZE, set by torchrun or deepspeed; without them this is the only process.
 
         Raises UserError for what no launcher sets.
         """
@@ -71,6 +89,13 @@ class Ranks:
             )
         return Ranks(rank, local_rank, world_size, torch.device("cuda", local_rank))
 
+    @staticmethod
+    def of_process_group(device: torch.device) -> Ranks:
+        """This process in the group that is already there, if any, computing on `device`."""
+        if not dist.is_initialized():
+            return Ranks(device=device)
+        return Ranks(dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), dist.get_world_size(), device)
+
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, the one that writes."""
@@ -80,7 +105,7 @@ class Ranks:
         """Begin to collect every rank's `tensor`: `wait` returns [W, *tensor.shape], in the order of ranks."""
         if self.world_size == 1:
             return Pending(tensor.unsqueeze(0), None)
-        # Flat: gloo takes the concatenated form only, nccl either. Recent versions warn about the old name.
+        # Flat, because gloo takes only the concatenated form; nccl takes either. The old name warns in recent versions.
         gathered = tensor.new_empty(self.world_size * tensor.numel())
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         work = gather(gathered, tensor.contiguous().view(-1), async_op=True)
@@ -99,11 +124,25 @@ class Ranks:
 
     def average(self, tensors: list[Tensor]) -> list[Tensor]:
         """The mean over ranks of each tensor, in one all-reduce."""
-        if self.world_size == 1 or not tensors:
-            return tensors
-        flat = self.sum_(torch.cat([tensor.flatten() for tensor in tensors])).div_(self.world_size)
-        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        return tensors if self.world_size == 1 else self.average_later(tensors).wait()
+
+    def average_(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over ranks, in all-reduces of some 25 MB, as DDP divides them."""
+        if self.world_size == 1:
+            return
+        buckets: list[list[Tensor]] = [[]]
+        for tensor in tensors:
+            if sum(other.nbytes for other in buckets[-1]) > 25 * 2**20:
+                buckets.append([])
+            buckets[-1].append(tensor)
+        for bucket, pending in [(bucket, self.average_later(bucket)) for bucket in buckets if bucket]:
+            torch._foreach_copy_(bucket, pending.wait())
+
+    def average_later(self, tensors: list[Tensor]) -> PendingMean:
+        """Begin to average each tensor over ranks, in one all-reduce: `wait` returns the means, as new tensors."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.zeros(0)
+        shapes = [tensor.shape for tensor in tensors]
+        return PendingMean(self.sum_later(flat) if tensors else Pending(flat, None), shapes, self.world_size)
 
     def share(self, value: T | None) -> T:
         """Rank 0's `value` (plain values and CPU tensors) on every rank."""
@@ -120,7 +159,7 @@ class Ranks:
     def average_buffers(self, module: nn.Module) -> None:
         """Replace every floating-point buffer (BatchNorm statistics) by its mean over ranks, in one all-reduce.
 
-        Each rank's running statistics come from its own batches. Done after every update, this keeps replicas
+        Each rank's running statistics come from its own batches. Averaging them after every update keeps replicas
         identical to the bit, so that validation and checkpoints do not depend on which rank is asked.
         """
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
@@ -148,8 +187,8 @@ def _check_meeting_point() -> None:
 
 
 def limit_group(group: dist.ProcessGroup, timeout_seconds: float) -> None:
-    """Let collectives of `group`, which someone else made, fail after `timeout_seconds`."""
-    # public, and warning about the other name, only in recent versions
+    """Let collectives of `group`, which another library made, fail after `timeout_seconds`."""
+    # Recent versions have the public name, and warn about the other one.
     name = "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout"
     getattr(dist.distributed_c10d, name)(timedelta(seconds=timeout_seconds), group)
 
@@ -158,9 +197,9 @@ def limit_group(group: dist.ProcessGroup, timeout_seconds: float) -> None:
 def joined(timeout_seconds: float) -> Iterator[Ranks]:
     """Join the job that the environment describes, for the length of the block, and leave it in order.
 
-    Whoever waits longer than `timeout_seconds` for the others, here or in any collective of the block, fails.
-    On an error the process group is not torn down: its peers may be waiting in a collective, and the launcher ends
-    them sooner than an orderly farewell would.
+    A rank that waits longer than `timeout_seconds` for the others, here or in any collective of the block, fails.
+    On an error the process group is not torn down. Its peers may be waiting in a collective, and the launcher ends
+    them sooner than an orderly end would.
     """
     ranks = Ranks.from_environment()
     if ranks.device.type == "cuda":

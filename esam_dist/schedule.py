@@ -1,7 +1,7 @@
 """Values that change during training, as plain functions of the epoch.
 
-The epoch is a float: samples seen so far over samples in the training set. So schedules mean the same whatever the
-number of ranks, and a run resumed with another number of ranks continues them.
+The epoch is a float: samples seen so far, divided by the samples in the training set. So a schedule means the same with
+any number of ranks, and a run resumed with another number of ranks continues it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ class Schedule:
 
     @staticmethod
     def constant(value: float) -> Schedule:
-        """The same value always."""
+        """One value for all epochs."""
         return Schedule(((0.0, float(value)),))
 
     def values(self) -> list[float]:
         """The values at the knots; the schedule never leaves their range."""
         return [value for _, value in self.knots]
 
+    @property
+    def changes(self) -> bool:
+        """Whether it is more than one value."""
+        return len(self.knots) > 1
+
     def __call__(self, epoch: float) -> float:
-        """The value at `epoch` (samples seen over samples in the set)."""
+        """The value at `epoch`: samples seen, divided by the samples in the set."""
         for (start, first), (end, last) in pairwise(self.knots):
             if epoch < end:
                 share = max(0.0, (epoch - start) / (end - start)) if self.linear else 0.0
@@ -68,7 +73,7 @@ class Schedule:
         raise ValueError("give a number, {from: A, to: B, epochs: N} with N > 0, or [[epoch, value], ...] in order")
 
     def plain(self) -> Any:
-        """The form a config file would hold."""
+        """The value in the form that a config file holds."""
         if self.linear:
             return {"from": self.knots[0][1], "to": self.knots[1][1], "epochs": self.knots[1][0]}
         if len(self.knots) == 1:

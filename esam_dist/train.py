@@ -5,140 +5,132 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from esam_dist import config
-from esam_dist.batchnorm import GroupStatistics
+from esam_dist.averaging import WeightAverage, recompute_batchnorm
 from esam_dist.checkpoint import Checkpoints
-from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch, TrainData, ValidationData
-from esam_dist.engine import Engine
-from esam_dist.engine.zero3 import Zero3Engine
 from esam_dist.errors import LossNotFiniteError
-from esam_dist.esam import Memory, StepStats, esam_step
-from esam_dist.evaluate import evaluate
+from esam_dist.evaluate import Evaluation, evaluate
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
-from esam_dist.ranks import Ranks
-from esam_dist.rule import Rule
+from esam_dist.progress import Progress
 from esam_dist.schedule import learning_rate
-from esam_dist.synchronised import synchronised_step
+from esam_dist.sharpness_aware import SharpnessAware
+from esam_dist.step import Moment, StepStats
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TrainState:
-    """Where a run stands; with the engine's state, all that a checkpoint holds.
+class Training:
+    """The parts of a run, put together by `cli`."""
 
-    Nothing random is among it: data order, augmentation, perturbed weights and dropout are functions of these numbers.
-    """
+    cfg: config.Config
+    trainer: SharpnessAware
+    data: TrainData
+    validation: ValidationData
+    metrics: Metrics
+    checkpoints: Checkpoints
+    progress: Progress
+    stop_requested: Callable[[], bool]
+    average: WeightAverage | None = None
+    """Of the weights, validated beside them."""
 
-    step: int = 0
-    """Updates made."""
-    samples_seen: int = 0
-    """Position in the global sequence of samples, over all ranks."""
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The loss of each sample, [B], from logits [B, K] and classes [B] or shares of classes [B, K]."""
+
+    label_smoothing: float
+
+    def __call__(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
+        """See the class."""
+        return F.cross_entropy(logits_BK, labels, reduction="none", label_smoothing=self.label_smoothing)
 
 
-def train(
-    engine: Engine,
-    data: TrainData,
-    validation: ValidationData,
-    cfg: config.Config,
-    ranks: Ranks,
-    metrics: Metrics,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    memory: Memory,
-    stop_requested: Callable[[], bool],
-) -> bool:
-    """Train until the configuration's end, moving `state` along; True when it was reached, False when stopped.
+def train(run: Training) -> bool:
+    """Train until the configuration's end, moving `run.progress` along; True when it was reached, False when stopped.
 
     A stop is agreed on by all ranks when metrics are due, and leaves a checkpoint.
     Raises LossNotFiniteError before the next checkpoint, so that the last one is sound.
     """
-    samples_per_step = cfg.data.batch_size * ranks.world_size * cfg.train.accumulate
-    last_step = final_step(cfg, state, data.num_samples, samples_per_step)
-    if state.step >= last_step and ranks.is_first:
-        logger.info("step %d was the last: nothing is left to do; for more, raise train.epochs", state.step)
-    batches = data.batches(state.samples_seen)
-    clock = PhaseClock(ranks.device)
-    window = Window(ranks, data, state)
-    engine.module.train()
-    while state.step < last_step:
-        epoch = state.samples_seen / data.num_samples
-        rule = Rule.at(cfg, step=state.step, epoch=epoch)
-        lr = learning_rate_at(epoch, cfg)
-        for micro in range(cfg.train.accumulate):
-            clock.start()
+    cfg, trainer, progress, num_samples = run.cfg, run.trainer, run.progress, run.data.num_samples
+    samples_per_step = cfg.data.batch_size * trainer.ranks.world_size * cfg.train.accumulate
+    last_step = final_step(cfg, progress, num_samples, samples_per_step)
+    if progress.step >= last_step and trainer.ranks.is_first:
+        logger.info("step %d was the last: nothing is left to do; for more, raise train.epochs", progress.step)
+    batches = Ahead(run.data.batches(progress.samples))
+    window = Window(run)
+    trainer.engine.module.train()
+    while progress.step < last_step:
+        epoch = progress.samples / num_samples
+        moment, lr = Moment(progress.step, epoch, epoch / cfg.train.epochs), learning_rate_at(epoch, cfg)
+        for _ in range(cfg.train.accumulate):
+            trainer.clock.start()
             batch = next(batches)
-            clock.end("data")
-            seed = (cfg.run.seed, state.step, micro)
-            for stats in micro_batch(
-                engine, batch, rule, cfg.method.group_size, lr=lr, ranks=ranks, seed=seed, clock=clock, memory=memory
-            ):
-                window.add(stats)
-        ranks.average_buffers(engine.module)
-        state.step += 1
-        state.samples_seen += samples_per_step
-        metrics.progress(state.step)
+            trainer.clock.end("data")
+            window.add(micro_batch(trainer, batch, cfg, moment, lr))
+        progress.step += 1
+        progress.samples += samples_per_step
+        progress.sharp_updates += cfg.method.is_sharp(moment)
+        if run.average is not None:
+            run.average.update(progress.step)
+        run.metrics.progress(progress.step)
 
-        ends_epoch = state.samples_seen // data.num_samples > int(epoch)
-        is_last = state.step == last_step
-        saves = is_last or (state.step % cfg.checkpoint.every_steps == 0 if cfg.checkpoint.every_steps else ends_epoch)
+        ends_epoch = progress.samples // num_samples > int(epoch)
+        is_last = progress.step == last_step
+        every = cfg.checkpoint.every_steps
+        saves = is_last or (progress.step % every == 0 if every else ends_epoch)
         validates = is_last or (ends_epoch and int(epoch + 1) % cfg.train.validate_every == 0)
         stops = False
-        if state.step % cfg.train.log_every == 0 or saves or validates:
-            row, stops = window.close(clock, rule, lr, stop_requested())
-            metrics.train(row)
-            _check_finite(row, checkpoints)
-        accuracy = None
-        if validates:
-            accuracy = _validate(engine, validation, ranks, metrics, state, data.num_samples)
-            window.restart()
+        if progress.step % cfg.train.log_every == 0 or saves or validates:
+            row, stops = window.close(moment, lr)
+            run.metrics.train(row)
+            _check_finite(row, run.checkpoints)
+        accuracy = _validate(run, batches) if validates else None
         if saves or stops or validates:
-            _save(engine, state, memory, ranks, metrics, checkpoints, accuracy)
+            _save(run, accuracy)
             window.restart()
         if stops:
             return is_last
     return True
 
 
-def micro_batch(
-    engine: Engine,
-    batch: Batch,
-    rule: Rule,
-    group_size: int,
-    *,
-    lr: float,
-    ranks: Ranks,
-    seed: tuple[int, ...],
-    clock: PhaseClock,
-    memory: Memory,
-) -> Iterator[StepStats]:
-    """One step for each group of `group_size` samples (0: the batch is the group), as if each had a rank of its own."""
-    size = group_size or len(batch.labels)
-    num_groups = len(batch.labels) // size
-    statistics = GroupStatistics(engine.module) if num_groups > 1 else None
-    for group, start in enumerate(range(0, len(batch.labels), size)):
-        part = Batch(batch.images[start : start + size], batch.labels[start : start + size])
-        names = (*seed, ranks.rank * num_groups + group)
-        if isinstance(engine, Zero3Engine) and not rule.is_plain:
-            yield synchronised_step(engine, part, rule, lr=lr, ranks=ranks, seed=names, clock=clock)
-        else:
-            yield esam_step(engine, part, rule, lr=lr, ranks=ranks, seed=names, clock=clock, memory=memory)
-        if statistics:
-            statistics.end_group()
-    if statistics:
-        statistics.finish()
+class Ahead(Iterator[Batch]):
+    """Batches in order, of which the next ones may be looked at before it is their turn."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._waiting: deque[Batch] = deque()
+
+    def __next__(self) -> Batch:
+        return self._waiting.popleft() if self._waiting else next(self._batches)
+
+    def peek(self, count: int) -> Iterator[Batch]:
+        """The next `count`, which stay the next; they are held until then."""
+        for place in range(count):
+            if place == len(self._waiting):
+                self._waiting.append(next(self._batches))
+            yield self._waiting[place]
 
 
-def final_step(cfg: config.Config, state: TrainState, num_samples: int, samples_per_step: int) -> int:
+def micro_batch(trainer: SharpnessAware, batch: Batch, cfg: config.Config, moment: Moment, lr: float) -> StepStats:
+    """One micro-batch of images, as the configuration has it."""
+    loss = CrossEntropy(cfg.train.label_smoothing)
+    return trainer.step(batch.images, batch.labels, loss, moment=moment, lr=lr)
+
+
+def final_step(cfg: config.Config, progress: Progress, num_samples: int, samples_per_step: int) -> int:
     """The update that ends the run: the first that completes the epochs, or `train.max_steps` if that is sooner."""
-    remaining = max(0, cfg.train.epochs * num_samples - state.samples_seen)
-    last_step = state.step + math.ceil(remaining / samples_per_step)
+    remaining = max(0, cfg.train.epochs * num_samples - progress.samples)
+    last_step = progress.step + math.ceil(remaining / samples_per_step)
     return min(last_step, cfg.train.max_steps) if cfg.train.max_steps else last_step
 
 
@@ -159,12 +151,10 @@ def learning_rate_at(epoch: float, cfg: config.Config) -> float:
 class Window:
     """What happened since the last row of metrics; it stays on the device until `close`."""
 
-    def __init__(self, ranks: Ranks, data: TrainData, state: TrainState) -> None:
-        self._ranks, self._data, self._state = ranks, data, state
+    def __init__(self, run: Training) -> None:
+        self._run, self._data = run, run.data
         self._stats: list[torch.Tensor] = []
-        self._skipped_samples = dict(data.skipped)
-        self._start_step, self._start_samples = state.step, state.samples_seen
-        self.restart()
+        self._begin()
 
     def restart(self) -> None:
         """Leave the time until now (validation, checkpoint) out of the throughput."""
@@ -174,24 +164,25 @@ class Window:
         """Take note of one micro-batch."""
         self._stats.append(torch.stack([*stats]))
 
-    def close(self, clock: PhaseClock, rule: Rule, lr: float, stop: bool) -> tuple[TrainRow, bool]:
+    def close(self, moment: Moment, lr: float) -> tuple[TrainRow, bool]:
         """The row of this window, alike on all ranks but for phases, and whether any rank wants to stop.
 
         The one place of the loop where the host waits for the device and for the other ranks.
         """
         stats = StepStats(*torch.stack(self._stats).double().unbind(dim=1))
-        phases = clock.drain()
+        progress, method, ranks = self._run.progress, self._run.cfg.method, self._run.trainer.ranks
+        phases, stop = self._run.trainer.clock.drain(), self._run.stop_requested()
         elapsed = time.perf_counter() - self._start_time
-        W = self._ranks.world_size
+        W = ranks.world_size
         mean = torch.stack([stats.loss.mean(), stats.sharpness.nanmean(), stats.num_kept.sum(), stats.skipped.sum()])
-        loss, sharpness, kept, skipped, stops, waited = self._ranks.sum_(
+        loss, sharpness, kept, skipped, stops, waited = ranks.sum_(
             torch.cat([mean, mean.new_tensor([float(stop), sum(phases.get("data", []))])])
         ).tolist()
-        steps = self._state.step - self._start_step
-        samples = self._state.samples_seen - self._start_samples
+        steps = progress.step - self._start_step
+        samples = progress.samples - self._start_samples
         row = TrainRow(
-            step=self._state.step,
-            epoch=self._state.samples_seen / self._data.num_samples,
+            step=progress.step,
+            epoch=progress.samples / self._data.num_samples,
             loss=loss / W,
             lr=lr,
             grad_norm=stats.grad_norm.nanmean().item(),
@@ -200,21 +191,25 @@ class Window:
             images_per_second=samples / elapsed,
             step_seconds=elapsed / steps,
             data_wait_seconds=waited / W / steps,
-            rho=rule.rho,
-            beta=rule.beta,
-            gamma=rule.gamma,
+            **({"rho": 0.0, "beta": 1.0, "gamma": 1.0} | (method.values(moment) if method.is_sharp(moment) else {})),
             selection_threshold=stats.threshold[-1].item(),
-            samples=self._state.samples_seen,
+            samples=progress.samples,
             kept_samples=int(kept),
             skipped_perturbations=int(skipped),
+            sharp_updates=progress.sharp_updates - self._start_sharp,
             skipped_samples=_newly(self._data.skipped, self._skipped_samples),
             phases=phases,
         )
+        self._begin()
+        return row, stops > 0
+
+    def _begin(self) -> None:
+        progress = self._run.progress
         self._stats.clear()
         self._skipped_samples = dict(self._data.skipped)
-        self._start_step, self._start_samples = self._state.step, self._state.samples_seen
+        self._start_step, self._start_samples = progress.step, progress.samples
+        self._start_sharp = progress.sharp_updates
         self.restart()
-        return row, stops > 0
 
 
 def _newly(counts: dict[str, int], before: dict[str, int]) -> dict[str, int]:
@@ -230,38 +225,49 @@ def _check_finite(row: TrainRow, checkpoints: Checkpoints) -> None:
         )
 
 
-def _validate(
-    engine: Engine, validation: ValidationData, ranks: Ranks, metrics: Metrics, state: TrainState, num_samples: int
-) -> float:
-    start, skipped = time.perf_counter(), dict(validation.skipped)
-    in_step = isinstance(engine, Zero3Engine)
-    score = evaluate(engine.module, validation, ranks, in_step=in_step, beat=metrics.heartbeat)
-    metrics.validation(
+def _validate(run: Training, batches: Ahead) -> float:
+    start, skipped = time.perf_counter(), dict(run.validation.skipped)
+    raw = _evaluate(run)
+    averaged = None if run.average is None else _evaluate_average(run, run.average, batches)
+    run.metrics.validation(
         ValidationRow(
-            step=state.step,
-            epoch=state.samples_seen / num_samples,
-            accuracy=score.accuracy,
-            top5_accuracy=score.top5_accuracy,
-            loss=score.loss,
+            step=run.progress.step,
+            epoch=run.progress.samples / run.data.num_samples,
+            accuracy=raw.accuracy,
+            top5_accuracy=raw.top5_accuracy,
+            loss=raw.loss,
             seconds=time.perf_counter() - start,
-            skipped_samples=_newly(validation.skipped, skipped),
+            averaged_accuracy=averaged.accuracy if averaged else None,
+            averaged_loss=averaged.loss if averaged else None,
+            skipped_samples=_newly(run.validation.skipped, skipped),
         )
     )
-    return score.accuracy
+    return raw.accuracy
 
 
-def _save(
-    engine: Engine,
-    state: TrainState,
-    memory: Memory,
-    ranks: Ranks,
-    metrics: Metrics,
-    checkpoints: Checkpoints,
-    accuracy: float | None,
-) -> None:
-    start = time.perf_counter()
-    engine_state = engine.state_dict()
-    if ranks.is_first:
-        whole = {"engine": engine_state, "train": asdict(state), "method": memory.state_dict()}
-        checkpoints.save(whole, state.step, accuracy)
-    metrics.checkpoint_saved(state.step, time.perf_counter() - start)
+def _evaluate(run: Training) -> Evaluation:
+    engine = run.trainer.engine
+    return evaluate(
+        engine.module, run.validation, run.trainer.ranks, in_step=engine.calls_together, beat=run.metrics.heartbeat
+    )
+
+
+def _evaluate_average(run: Training, average: WeightAverage, batches: Ahead) -> Evaluation:
+    """The averaged weights, with BatchNorm's statistics of the batches that are trained on next."""
+    module = run.trainer.engine.module
+    images = (batch.images for batch in batches.peek(run.cfg.train.average_batches))
+    with average.averaged(module):
+        recompute_batchnorm(module, images, run.trainer.ranks)
+        average.note_statistics(module)
+        return _evaluate(run)
+
+
+def _save(run: Training, accuracy: float | None) -> None:
+    start, step = time.perf_counter(), run.progress.step
+    engine_state = run.trainer.engine.state_dict()
+    if run.trainer.ranks.is_first:
+        whole = {"engine": engine_state, "train": run.progress.saved(), "method": run.trainer.state.state_dict()}
+        if run.average is not None:
+            whole["average"] = run.average.state_dict()
+        run.checkpoints.save(whole, step, accuracy)
+    run.metrics.checkpoint_saved(step, time.perf_counter() - start)

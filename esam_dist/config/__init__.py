@@ -1,9 +1,10 @@
 """The configuration: typed sections, strict YAML, `section.key=value` overrides, saved with the run.
 
 load(path, overrides)   a checked `Config`, or `UserError`: one line that names the key, the value and the remedy
-parse(values, source)   the same from plain values
+parse(values, source)   a checked `Config` from plain values
 dump(config)            the resolved configuration as YAML
-flat(config), keys()    every value, and every default with its description, as `section.key`
+flat(config)            every value, as `section.key`
+keys()                  every default with its description, as `section.key`
 """
 
 from esam_dist.config.read import dump, flat, keys, load, parse
@@ -12,12 +13,10 @@ from esam_dist.config.sections import (
     Config,
     Data,
     Engine,
-    Method,
     Metrics,
     Model,
     Optim,
     Run,
-    Section,
     Train,
 )
 
@@ -26,12 +25,10 @@ __all__ = [
     "Config",
     "Data",
     "Engine",
-    "Method",
     "Metrics",
     "Model",
     "Optim",
     "Run",
-    "Section",
     "Train",
     "dump",
     "flat",

@@ -6,8 +6,11 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from esam_dist import selection
+from esam_dist.averaging import zero3_fault
+from esam_dist.config.secrets import looks_secret, shown
 from esam_dist.errors import UserError
+from esam_dist.methods import Faults, Setup
+from esam_dist.methods.needs import zero3_refusal
 
 if TYPE_CHECKING:
     from esam_dist.config.sections import Config
@@ -22,25 +25,8 @@ def check(config: Config) -> None:
 
 def faults(config: Config) -> Faults:
     """All that is ever refused, in an order that does not depend on `config`: whether it is here, and the words."""
-    own = [*_out_of_range(config), *_data(config), *_optimizer(config), *_method(config), *_engine(config)]
+    own = [*_data(config), *_optimizer(config), *_method(config), *_engine(config)]
     return [*own, *_metrics(config), *_stream(config)]
-
-
-Faults = list[tuple[bool, str]]
-
-
-def _out_of_range(config: Config) -> Faults:
-    method = config.method
-    beta, gamma = (
-        next((value for value in schedule.values() if not 0.0 < value <= 1.0), 1.0)
-        for schedule in (method.beta, method.gamma)
-    )
-    rho = min(method.rho.values())
-    return [
-        (beta != 1.0, f"method.beta = {beta:g} is out of range; give a share in (0, 1]"),
-        (gamma != 1.0, f"method.gamma = {gamma:g} is out of range; give a share in (0, 1]"),
-        (rho < 0.0, f"method.rho = {rho:g} is negative; give a radius >= 0"),
-    ]
 
 
 def _data(config: Config) -> Faults:
@@ -73,92 +59,17 @@ def _optimizer(config: Config) -> Faults:
 
 
 def _method(config: Config) -> Faults:
-    method, esam = config.method, config.method.name == "esam"
-    whole = method.swp == "tensor" and set(method.beta.values()) == {1.0}
-    begins, epochs = method.start_epoch, config.train.epochs
-    size = method.group_size or config.data.batch_size
-    lone = _lone_part(config, size)
-    return [
-        (
-            method.name != "sgd" and begins >= epochs,
-            f"method.start_epoch = {begins:g} lies behind the last of train.epochs = {epochs}: no step would be "
-            "sharpness-aware; start sooner, or give method.name = sgd",
-        ),
-        (
-            method.descent != "kept" and not (esam and whole),
-            f"method.descent = {method.descent} recycles the gradient of all weights: it needs method.name = esam, "
-            "method.swp = tensor and method.beta = 1",
-        ),
-        (
-            method.descent == "recycled_exact" and (method.score != "random" or method.scope != "rank"),
-            "method.descent = recycled_exact chooses the samples before any pass: it needs method.score = random "
-            "and method.scope = rank",
-        ),
-        (
-            method.descent == "recycled_exact" and lone > 0,
-            "method.descent = recycled_exact passes the samples kept and the rest apart, two or more in each: "
-            f"method.gamma = {method.gamma.plain()} comes to keep {lone} of {size}; give another gamma (as a list it "
-            "passes over values), larger batches, or descent = recycled",
-        ),
-        (
-            method.transport == "thresholds" and method.scope != "global",
-            "method.transport = thresholds exchanges them between ranks: it needs method.scope = global",
-        ),
-        (
-            method.capacity_factor > 0.0 and method.scope != "global",
-            "method.capacity_factor limits a rank's share of a global selection: it needs method.scope = global",
-        ),
-        (
-            0.0 < method.capacity_factor < 1.0,
-            f"method.capacity_factor = {method.capacity_factor:g} would keep fewer than gamma; give at least 1, or 0",
-        ),
-        (
-            method.group_size > 0 and esam and method.scope != "rank",
-            "method.group_size selects within each group: it needs method.scope = rank",
-        ),
-        (
-            method.group_size > 0 and config.data.batch_size % method.group_size != 0,
-            f"method.group_size = {method.group_size} does not divide data.batch_size = {config.data.batch_size}",
-        ),
-        (
-            method.name == "looksam" and method.interval == 1,
-            "method.name = looksam reuses a direction between perturbations: give method.interval > 1, such as 5",
-        ),
-        (
-            method.name == "looksam" and (config.train.accumulate > 1 or method.group_size > 0),
-            "method.name = looksam remembers one flat part per update: it needs train.accumulate = 1 and "
-            "method.group_size = 0",
-        ),
-        (
-            method.name == "msam" and config.optim.momentum == 0.0,
-            "method.name = msam perturbs along the momentum: give optim.momentum > 0",
-        ),
-    ]
-
-
-def _lone_part(config: Config, size: int) -> int:
-    """How many of `size` samples are kept when these, or the rest, are a single one, if it ever comes to that; else 0.
-
-    A rest of none is fine: there is nothing to recycle then.
-    """
-    schedule = config.method.gamma
-    numbers = [selection.num_kept(gamma, size) for gamma in schedule.values()]
-    visited = range(min(numbers), max(numbers) + 1) if schedule.linear else numbers
-    return next((kept for kept in visited if kept < size and min(kept, size - kept) == 1), 0)
+    setup = Setup(config.data.batch_size, config.train.accumulate, config.optim.momentum)
+    return config.method.faults(setup)
 
 
 def _engine(config: Config) -> Faults:
-    engine, method, train = config.engine, config.method, config.train
+    engine, train = config.engine, config.train
     deepspeed = engine.name == "deepspeed"
-    zero3 = engine.name == "deepspeed" and engine.zero_stage == 3
-    whole = method.name in ("sgd", "sam") or (method.name == "esam" and set(method.beta.values()) == {1.0})
+    zero3 = deepspeed and engine.zero_stage == 3
+    refusal = zero3_refusal(config.method.name, config.method.needs())
     return [
-        (
-            zero3 and not (whole and method.swp == "tensor" and method.descent == "kept" and method.group_size == 0),
-            "engine.zero_stage = 3 shards the weights, so that all ranks share one perturbation of all of them: use "
-            "method.name = sgd or sam, or esam with beta = 1, swp = tensor, descent = kept and group_size = 0; "
-            "or zero_stage 0, 1 or 2",
-        ),
+        (zero3 and bool(refusal), refusal),
         (
             deepspeed and engine.zero_stage == 0 and train.precision == "fp16",
             "train.precision = fp16 needs engine.zero_stage 1, 2 or 3, where DeepSpeed checks for overflow over all "
@@ -173,6 +84,7 @@ def _engine(config: Config) -> Faults:
             "engine.offload = true moves the averaged gradient away, along which engine.zero_stage = 3 perturbs; "
             "use zero_stage 1 or 2",
         ),
+        zero3_fault(train.average, engine.name, engine.zero_stage),
         (
             zero3 and train.accumulate > 1,
             "engine.zero_stage = 3 needs the averaged gradient of one batch: give train.accumulate = 1, or "
@@ -190,7 +102,7 @@ def _metrics(config: Config) -> Faults:
         ),
         (
             bool(gateway) and not _is_http(gateway),
-            f"metrics.gateway = {gateway!r} is no address; give http://HOST:9091",
+            f"metrics.gateway = {shown(gateway)} is no address; give http://HOST:9091",
         ),
     ]
 
@@ -205,22 +117,10 @@ def _is_http(url: str) -> bool:
     return bool(plain) and port != 0 and parts.scheme in ("http", "https") and not parts.query
 
 
-VARIABLE = re.compile(r"\$\{\w+\}|\$\w+")
-SECRETS = (
-    r"://[^/@\s:]+@|://[^/@\s:]*:[^/@\s]+@",  # a user alone may be a token
-    r"[?&]sig=[^&\s]",
-    r"(?:signature|token|secret|password|passwd|credential|api[-_]?key|access[-_]?key|auth|authorization)"
-    r"(?:s|[-_]\w+)?['\"]?\s*[=:]\s*"
-    r"(?!(?:(?:basic|bearer|token)\b)?[\s'\"]*(?:[&'\"]|$))[^\s&]",
-    r"(?:^|\s)(?:-u|--user)[\s=]*['\"]?[^\s:'\"]*:[^\s'\"]",
-)
-
-
 def _stream(config: Config) -> Faults:
-    literal = VARIABLE.sub("", config.data.stream)
     # Not repeated either. This finds the usual forms, not every secret.
     reason = (
         "data.stream: holds what looks like a password, token or signature, which config.yaml and logs would keep; put "
         "it in an environment variable and write ${NAME} there (on a command line in single quotes)"
     )
-    return [(any(re.search(form, literal, re.IGNORECASE) for form in SECRETS), reason)]
+    return [(looks_secret(config.data.stream), reason)]

@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from esam_dist.config import combinations
+from esam_dist.config import combinations, strict_yaml
+from esam_dist.config.secrets import shown, shown_override
 from esam_dist.config.sections import Config
-from esam_dist.errors import UserError
+from esam_dist.errors import UserError, printable
+from esam_dist.methods import METHODS
+
+logger = logging.getLogger(__name__)
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Read `path` (YAML), apply `section.key=value` overrides in order, and check every value.
 
-    Raises UserError when the file cannot be read, an override has no such form, or a key or value is refused.
+    Raises UserError when the file cannot be read, an override has another form, or a key or value is refused.
     """
+    source = f"config {printable(str(path))}"
     try:
-        values = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            content = file.read(strict_yaml.MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: is not YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{source}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    values = strict_yaml.parse(content, source)
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"config {path}: must hold sections such as 'train:', not {type(values).__name__}")
+        raise UserError(f"{source}: must hold sections such as 'train:', not {type(values).__name__}")
+    before = _method_name(values)
     for override in overrides or []:
         _apply(values, override)
+    if before != _method_name(values):
+        _drop_foreign(values, str(path), overrides or [])
     return parse(values, str(path))
 
 
 def parse(values: dict[str, Any], source: str) -> Config:
     """Check plain `values`, named `source` in errors, against the sections. Raises UserError for the first fault."""
+    if isinstance(values.get("method"), dict):
+        values = values | {"method": {"name": _method_name(values), **values["method"]}}
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -45,8 +56,8 @@ def parse(values: dict[str, Any], source: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML; `parse(yaml.safe_load(dump(c)))` equals `c`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved configuration as YAML, which `load` reads back."""
+    return strict_yaml.dump(config.model_dump(mode="json"))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -55,40 +66,121 @@ def flat(config: Config) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
-def keys() -> dict[str, tuple[str, str]]:
-    """Every key as `section.key`, with its default and its one-paragraph description."""
-    table = {}
+class Key(NamedTuple):
+    """One key of the configuration."""
+
+    name: str
+    """`section.key`"""
+    default: str
+    description: str
+    """One paragraph."""
+    methods: tuple[str, ...] = ()
+    """For a key of `method`, those that have it so; empty: all."""
+
+
+def keys() -> list[Key]:
+    """Every key, in the order of the sections; one of `method` for each meaning that it has."""
+    found: dict[Key, tuple[str, ...]] = {}
     for section, field in Config.model_fields.items():
-        for key, entry in type(field.default).model_fields.items():
-            default = field.default.model_dump(mode="json")[key]
-            table[f"{section}.{key}"] = ("" if default is None else str(default), entry.description or "")
-    return table
+        kinds: dict[str, type[BaseModel]] = METHODS if section == "method" else {"": type(field.default)}  # type: ignore[assignment]
+        for method, kind in kinds.items():
+            for name, entry in kind.model_fields.items():
+                default = Config().method.name if (section, name) == ("method", "name") else _plain(entry.default)
+                text = METHOD_NAME if (section, name) == ("method", "name") else entry.description or ""
+                key = Key(f"{section}.{name}", str(default), " ".join(text.split()))
+                found[key] = (*found.get(key, ()), method)
+    everyone = len(METHODS)
+    return [
+        key._replace(methods=methods if key.name.startswith("method.") and len(methods) < everyone else ())
+        for key, methods in found.items()
+    ]
+
+
+METHOD_NAME = "Which method trains: " + ", ".join(f"`{name}`" for name in METHODS) + "; each has keys of its own."
+
+
+def _plain(default: Any) -> Any:
+    """A default as a config file would hold it."""
+    if default is None:
+        return ""
+    return default.plain() if hasattr(default, "plain") else default
+
+
+def _method_name(values: dict[str, Any]) -> Any:
+    section = values.get("method")
+    return section.get("name", Config().method.name) if isinstance(section, dict) else Config().method.name
+
+
+def _drop_foreign(values: dict[str, Any], path: str, overrides: list[str]) -> None:
+    """After an override of `method.name`: forget the file's keys that the new method does not have, and say so."""
+    kind = METHODS.get(_method_name(values))
+    if kind is None:
+        return
+    given = {override.partition("=")[0] for override in overrides}
+    known = {key for method in METHODS.values() for key in method.model_fields}
+    section = values["method"]
+    foreign = [key for key in section if key in known and key not in kind.model_fields and f"method.{key}" not in given]
+    for key in foreign:
+        del section[key]
+    if foreign and os.environ.get("RANK", "0") == "0":
+        logger.info(
+            "method.name = %s has no %s: what %s says of it is left out", section["name"], ", ".join(foreign), path
+        )
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
+    source = f"override {shown_override(override)}"
     if not equals or not dot or not section or not name or "." in name:
-        raise UserError(f"override {override!r}: must have the form section.key=value, such as train.epochs=5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+        raise UserError(f"{source}: must have the form section.key=value, such as train.epochs=5")
+    # What is no UTF-8 on the command line is none in these bytes either, and refused.
+    value = strict_yaml.parse(text.encode("utf-8", "surrogatepass"), source)
     current = values.setdefault(section, {})
     if current is None:
         current = values[section] = {}
     if not isinstance(current, dict):
-        raise UserError(f"override {override!r}: {section!r} is not a section in the file")
+        raise UserError(f"{source}: {section!r} is not a section in the file")
     current[name] = value
 
 
 def _first_fault(error: ValidationError, source: str) -> str:
     fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"][:2])
+    place = [str(part) for part in fault["loc"]]
+    if place[0] == "method" and len(place) > 1 and place[1] in METHODS:
+        # Behind the section comes the method by whose keys it was read.
+        method = place.pop(1)
+        if fault["type"] == "extra_forbidden" and len(place) == 2:
+            return _foreign_key(place[1], method, source)
+    where = ".".join(place[:2])
     if fault["type"] == "extra_forbidden":
-        known = list(keys()) if "." in where else list(Config.model_fields)
+        known = list(dict.fromkeys(key.name for key in keys())) if "." in where else list(Config.model_fields)
         near = difflib.get_close_matches(where, known, n=3, cutoff=0.5) or known[:3]
-        return f"{source}: unknown key {where!r}; did you mean {', '.join(near)}?"
-    value = fault["input"]
-    shown = repr(str(value) if isinstance(value, Path) else value)
-    return f"{source}: {where} = {shown[:80]} is refused: {fault['msg'].removeprefix('Value error, ')}"
+        return f"{source}: unknown key {shown(where)}; did you mean {', '.join(near)}?"
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        given = fault["input"].get("name") if isinstance(fault["input"], dict) else None
+        near = difflib.get_close_matches(str(given), METHODS, n=1) or ["esam"]
+        return f"{source}: method.name = {shown(given)} is refused: give one of {', '.join(METHODS)}, such as {near[0]}"
+    return f"{source}: {where} = {shown(fault['input'])} is refused: {fault['msg'].removeprefix('Value error, ')}"
+
+
+REPLACED = {
+    "descent": "method.name = recycled (with method.exact = true for recycled_exact)",
+    "start_epoch": "method.phase = {from: SHARE, to: 1}, in shares of the training",
+    "late_share": "method.phase = {from: SHARE, to: 1}, in shares of the training",
+}
+"""Keys of earlier versions, and what does their work."""
+
+
+def _foreign_key(key: str, method: str, source: str) -> str:
+    """A key that the method does not have: whose it is, or what is meant."""
+    owners = [name for name, kind in METHODS.items() if key in kind.model_fields]
+    if owners:
+        return (
+            f"{source}: method.{key} is a key of method.name = {' | '.join(owners)}, not of {method}; remove it, or "
+            "change method.name"
+        )
+    if key in REPLACED:
+        return f"{source}: method.{key} is no more; remove it, or give {REPLACED[key]}"
+    near = difflib.get_close_matches(key, METHODS[method].model_fields, n=3, cutoff=0.5) or ["name"]
+    return f"{source}: unknown key 'method.{key}'; did you mean {', '.join(f'method.{name}' for name in near)}?"

@@ -1,37 +1,14 @@
-"""The sections and keys of a configuration: every default stands here and nowhere else."""
+"""The sections and keys of a configuration, with their defaults; those of `method` are in `esam_dist.methods`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-from esam_dist.schedule import Schedule
-
-
-def _scientific(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; a user means the number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-Count = Annotated[int, Field(ge=1)]
-Real = Annotated[float, BeforeValidator(_scientific), Field(allow_inf_nan=False)]
-Positive = Annotated[Real, Field(gt=0.0)]
-NonNegative = Annotated[Real, Field(ge=0.0)]
-BelowOne = Annotated[Real, Field(ge=0.0, lt=1.0)]
-Folder = Annotated[Path, Field(strict=False)]
-
-
-class Section(BaseModel):
-    """One section of the file: unknown keys are refused, text is not taken for a number."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, protected_namespaces=(), use_attribute_docstrings=True
-    )
+from esam_dist.methods import ESAM, AnyMethod
+from esam_dist.section import BelowOne, Count, Folder, NonNegative, Positive, Real, Section
 
 
 class Run(Section):
@@ -127,6 +104,17 @@ class Train(Section):
     """Compile the network with `torch.compile`; with `swp: suffix` by block, for the ascent to stop at its cut."""
     label_smoothing: BelowOne = 0.0
     """Share of the target spread evenly over all classes."""
+    average: Literal["none", "ema", "lawa"] = "none"
+    """Also validate an average of the weights: `ema`: exponential, over all updates; `lawa`: mean of the latest copies."""
+    average_decay: BelowOne = 0.999
+    """For `average: ema`: the largest decay; in the first updates it is smaller."""
+    average_last: Count = 5
+    """For `average: lawa`: copies averaged, each as large as the weights, on the device."""
+    average_every: Annotated[int, Field(ge=0)] = 0
+    """For `average: lawa`: updates between two copies; 0: an epoch, as in the paper."""
+    average_batches: Annotated[int, Field(ge=0)] = 32
+    """Training batches per rank from which BatchNorm's statistics are recomputed for the average; 0: those of the raw
+    weights are kept."""
     log_every: Count = 10
     """Updates between two rows of metrics; the host waits for the device only then."""
     validate_every: Count = 1
@@ -160,53 +148,6 @@ class Optim(Section):
     """For `schedule: step`: the epochs at which the rate is multiplied by `step_factor`."""
     step_factor: Annotated[Real, Field(gt=0.0, lt=1.0)] = 0.1
     """For `schedule: step`: the factor."""
-
-
-class Method(Section):
-    """Sharpness: what is perturbed, which samples are kept. Defaults are the paper's ESAM."""
-
-    name: Literal["sgd", "sam", "asam", "msam", "looksam", "gsam", "esam"] = "esam"
-    """`sgd`: no perturbation; `sam`: all weights, all samples; `esam`: beta of the weights, gamma of the samples;
-    others to compare with."""
-    rho: Schedule = Schedule.constant(0.05)
-    """Radius of the perturbation (L2 norm, see `swp_scale`). A number, `[[epoch, value], ...]`, or
-    `{from, to, epochs}`; so also `beta` and `gamma`."""
-    beta: Schedule = Schedule.constant(0.5)
-    """SWP: expected share of the weights that a step perturbs, in (0, 1]. `esam` only."""
-    gamma: Schedule = Schedule.constant(0.5)
-    """SDS: share of the samples kept for the descent, in (0, 1]. `esam` only."""
-    swp: Literal["tensor", "element", "suffix", "norm"] = "tensor"
-    """`tensor`: whole tensors are drawn; `element`: single weights (the paper's mask); `suffix`: the layers behind a
-    random cut, where the ascent's backward pass stops; `norm`: only normalisation layers (SAM-ON)."""
-    swp_scale: Literal["none", "paper", "released"] = "none"
-    """Norm of the perturbation: `rho`; `rho / sqrt(beta)`; or `rho / beta`, as in the authors' code."""
-    score: Literal["forward", "head", "loss", "random"] = "forward"
-    """`forward`: the rise of each loss, measured at the perturbed weights; `head`: its first-order rise through the
-    classifier, without a pass; `loss`: the largest losses; `random`: the control."""
-    scope: Literal["rank", "global"] = "global"
-    """Samples are ranked within each rank's batch, or over the batches of all ranks."""
-    transport: Literal["scores", "thresholds"] = "scores"
-    """For `scope: global`, what ranks exchange: every score (exact), or `num_quantiles` of their own."""
-    num_quantiles: Annotated[int, Field(ge=2)] = 16
-    """For `transport: thresholds`: quantiles that a rank sends."""
-    capacity_factor: NonNegative = 0.0
-    """For `scope: global`: a rank keeps at most this many times `gamma * batch`, in a batch of just that size, so that
-    no rank is late and shapes are static; 0: no limit."""
-    descent: Literal["kept", "recycled", "recycled_exact"] = "kept"
-    """`kept`: mean over the kept samples at the perturbed weights; `recycled`: mixed with the ascent's gradient,
-    `(1 - gamma) * g(w) + gamma * g_kept(w + eps)`; `recycled_exact`: g(w) of the samples not kept (random score)."""
-    group_size: Annotated[int, Field(ge=0)] = 0
-    """m of m-sharpness: samples that share a perturbation, and a selection; 0: the rank's batch."""
-    interval: Count = 1
-    """Every k-th update is sharpness-aware, the others plain (`looksam`: reuse the flat part)."""
-    start_epoch: NonNegative = 0.0
-    """Plain updates before this epoch."""
-    late_share: Annotated[Real, Field(gt=0.0, le=1.0)] = 1.0
-    """Only this last share of the training is sharpness-aware."""
-    eta: NonNegative = 0.01
-    """ASAM's eta: added to a weight's size."""
-    alpha: NonNegative = 0.2
-    """GSAM's weight of the orthogonal part; LookSAM's of the flat part."""
 
 
 class Engine(Section):
@@ -259,7 +200,7 @@ class Config(Section):
     data: Data = Data()
     train: Train = Train()
     optim: Optim = Optim()
-    method: Method = Method()
+    method: AnyMethod = ESAM()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WORTH = 0.85
-"""Share of the intervals above which to decode all is as fast as to cut (benchmarks/data_decode.py)."""
+"""Share of the intervals above which to decode all is as fast as to cut (benchmarks/data/decode.py)."""
 
 _START = b"\xff\xd8\xff"
 _BASELINE, _EXTENDED, _BITS = 0xC0, 0xC1, 8

@@ -6,44 +6,35 @@ import torch
 from torch import nn
 
 from esam_dist import config
-from esam_dist.engine.base import Engine
-from esam_dist.engine.native import NativeEngine
+from esam_dist.engine.native import NativeEngine, UpdateOptions
 from esam_dist.ranks import Ranks
+from esam_dist.step.engine import Engine
 
 
 def build_engine(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
     """The engine that `engine.name` asks for, with the optimizer that `optim` describes."""
     optimizer = build_optimizer(module, cfg.optim)
-    num_groups = cfg.data.batch_size // (cfg.method.group_size or cfg.data.batch_size)
-    accumulate = cfg.train.accumulate * num_groups
-    if cfg.engine.name == "deepspeed":
-        from esam_dist.engine.deepspeed import DeepSpeedEngine, deepspeed_config
-        from esam_dist.engine.zero3 import Zero3Engine
+    # Each group of a batch is a micro-batch of its own.
+    num_groups = cfg.method.num_groups(cfg.data.batch_size)
+    accumulate, fp16 = cfg.train.accumulate * num_groups, cfg.train.precision == "fp16"
+    if cfg.engine.name == "native":
+        scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
+        return NativeEngine(module, optimizer, ranks, UpdateOptions(accumulate, cfg.optim.clip_grad_norm, scaler))
+    from esam_dist.engine.deepspeed import DeepSpeedEngine, deepspeed_config, initialize
+    from esam_dist.engine.zero3 import Zero3Engine
 
-        ds_config = deepspeed_config(
-            batch_size=cfg.data.batch_size // num_groups,
-            accumulate=accumulate,
-            zero_stage=cfg.engine.zero_stage,
-            clip_grad_norm=cfg.optim.clip_grad_norm,
-            offload=cfg.engine.offload,
-        )
-        kind = Zero3Engine if cfg.engine.zero_stage == 3 else DeepSpeedEngine
-        return kind(
-            module,
-            optimizer,
-            ranks,
-            ds_config,
-            timeout_seconds=cfg.engine.collective_timeout_seconds,
-            fp16=cfg.train.precision == "fp16",
-        )
-    return NativeEngine(
-        module,
-        optimizer,
-        ranks,
+    ds_config = deepspeed_config(
+        batch_size=cfg.data.batch_size // num_groups,
         accumulate=accumulate,
+        zero_stage=cfg.engine.zero_stage,
         clip_grad_norm=cfg.optim.clip_grad_norm,
-        fp16=cfg.train.precision == "fp16",
+        offload=cfg.engine.offload,
     )
+    ds = initialize(module, optimizer, ranks, ds_config, cfg.engine.collective_timeout_seconds)
+    kind = Zero3Engine if cfg.engine.zero_stage == 3 else DeepSpeedEngine
+    engine = kind(ds, optimizer, ranks, fp16=fp16)
+    engine.make_shards()
+    return engine
 
 
 def build_optimizer(module: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +13,9 @@ from torch import Tensor, nn
 
 from esam_dist.engine.state import initial_state, load_by_name, model_state, momentum_key, momentum_of, state_by_name
 from esam_dist.ranks import Ranks, limit_group
+from esam_dist.step.engine import Engine, inject
+from esam_dist.step.examples import Tree, call
+from esam_dist.step.vector import Vector
 
 
 def deepspeed_config(
@@ -39,51 +41,53 @@ def deepspeed_config(
     }
 
 
-class DeepSpeedEngine:
-    """See `engine.base.Engine`. With `fp16`, DeepSpeed unscales, checks and skips by the loss scale that we set."""
+def initialize(
+    module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, ds_config: dict[str, Any], timeout_seconds: float
+) -> Any:
+    """`deepspeed.initialize`, quietly, and with `timeout_seconds` for every collective."""
+    # Said beforehand, it is not guessed with a warning.
+    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+    import deepspeed
 
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ranks: Ranks,
-        ds_config: dict[str, Any],
-        *,
-        timeout_seconds: float,
-        fp16: bool = False,
-    ) -> None:
-        # Said beforehand, it is not guessed with a warning.
-        os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
-        import deepspeed
+    if ranks.device.type == "cpu":
+        # A C++ extension for all-reduce on one host's CPUs: a minute of compiling, by all ranks at once, for a
+        # path that only tests and trials take.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        # A process alone: without a group, and without what a launcher sets, DeepSpeed does not work.
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it only where it is distributed
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(ranks.local_rank))
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)
+    # ZeRO calls every optimizer but its own untested; our tests are what tests SGD and AdamW under it.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed averages over a copy of the process group, to which it gives torch's default timeout.
+    limit_group(ds.seq_data_parallel_group, timeout_seconds)
+    return ds
 
-        if ranks.device.type == "cpu":
-            # A C++ extension for all-reduce on one host's CPUs: a minute of compiling, by all ranks at once, for a
-            # path that only tests and trials take.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        timeout = timedelta(seconds=timeout_seconds)
-        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-        if not dist.is_initialized():
-            # A process alone: without a group, and without what a launcher sets, DeepSpeed does not work.
-            store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it only where it is distributed
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(ranks.local_rank))
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)
-        self.module = module
-        # ZeRO calls every optimizer but its own untested; our tests are what tests SGD and AdamW under it.
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        self._ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed averages over a copy of the process group, to which it gives torch's default timeout.
-        limit_group(self._ds.seq_data_parallel_group, timeout_seconds)
-        self._stage = int(ds_config["zero_optimization"]["stage"])
+
+class DeepSpeedEngine(Engine):
+    """See `step.Engine`. With `fp16`, DeepSpeed unscales, checks and skips by the loss scale that we set."""
+
+    def __init__(self, ds: Any, optimizer: torch.optim.Optimizer, ranks: Ranks, *, fp16: bool = False) -> None:
+        self.module = ds.module
+        self._ds = ds
+        self._stage = int(ds.zero_optimization_stage())
         self._optimizer, self._ranks = optimizer, ranks
         self._loss_scale = LossScale() if fp16 else None
-        if self._stage > 0:
-            self._make_shards()
 
-    def __call__(self, images: Tensor | Callable[[], Tensor]) -> Tensor:
+    @property
+    def ends_update(self) -> bool:
         """See `Engine`."""
-        return self._ds(images)  # type: ignore[no-any-return]
+        return bool(self._ds.is_gradient_accumulation_boundary())
+
+    def __call__(self, inputs: Tree) -> Any:
+        """See `Engine`."""
+        return call(self._ds, inputs)
 
     def scale(self, loss: Tensor) -> Tensor:
         """See `Engine`."""
@@ -98,11 +102,16 @@ class DeepSpeedEngine:
             self._ds.optimizer.override_loss_scale(self._loss_scale.value)
         self._ds.backward(loss)
 
-    def step(self, lr: float) -> Tensor:
+    def average(self, gradient: Vector) -> None:
         """See `Engine`."""
-        for group in self._ds.optimizer.param_groups:
-            group["lr"] = lr
-        ends_update = self._ds.is_gradient_accumulation_boundary()
+        self.backward(inject(gradient))
+
+    def step(self, lr: float | None) -> Tensor:
+        """See `Engine`."""
+        if lr is not None:
+            for group in self._ds.optimizer.param_groups:
+                group["lr"] = lr
+        ends_update = self.ends_update
         grad_norm: Any = torch.nan
         if ends_update and self._stage == 0:
             # Without ZeRO, DeepSpeed tells no norm; the averaged gradients are whole here until the step.
@@ -123,6 +132,17 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return [safe_get_full_optimizer_state(param, momentum_key(self._optimizer)) for param in params]
+
+    def averaged(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """See `Engine`."""
+        from deepspeed.utils import safe_get_full_grad
+
+        scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        grads = [safe_get_full_grad(param) for param in params]
+        return [
+            torch.zeros_like(param) if grad is None else grad.clone().div_(scale)
+            for param, grad in zip(params, grads, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`. The shards of ZeRO are joined parameter by parameter."""
@@ -165,17 +185,17 @@ class DeepSpeedEngine:
     def _flat_shards(self) -> list[Tensor]:
         return list(self._ds.optimizer.single_partition_of_fp32_groups)
 
-    def _make_shards(self) -> None:
-        """Give every shard its initial state now.
+    def make_shards(self) -> None:
+        """Give every shard of the optimizer its initial state now, so that it can be saved from the start on.
 
         DeepSpeed would do it in the first step, but links the state of all parameter groups after the first group's
         update, when the other groups have none yet: their state could not be saved then (seen with 0.19.8).
         """
-        for shard in self._flat_shards():
+        for shard in self._flat_shards() if self._stage > 0 else []:
             state = initial_state(self._ds.optimizer.optimizer, shard)
             if state:
                 self._shards()[shard] = state
-        if self._shards():
+        if self._stage > 0 and self._shards():
             self._link_shards()
 
     def _link_shards(self) -> None:

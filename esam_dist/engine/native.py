@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,68 +13,88 @@ from torch.nn.parallel import DistributedDataParallel
 
 from esam_dist.engine.state import load_by_name, momentum_of, state_by_name
 from esam_dist.ranks import Ranks
+from esam_dist.step.engine import Engine
+from esam_dist.step.examples import Tree, call
+from esam_dist.step.vector import Vector
 
 
-class NativeEngine:
-    """See `engine.base.Engine`. `clip_grad_norm` of 0 does not clip; `fp16` scales the loss."""
+@dataclass(frozen=True)
+class UpdateOptions:
+    """How an engine makes an update of what the micro-batches gave."""
+
+    accumulate: int = 1
+    """Micro-batches per update."""
+    clip_grad_norm: float = 0.0
+    """Largest global gradient norm; 0: no clipping."""
+    scaler: torch.amp.GradScaler | None = None
+    """For float16; stepped and updated by the engine."""
+
+
+class NativeEngine(Engine):
+    """See `step.Engine`. `module` is the bare network or, with several ranks, may be one that DDP has wrapped."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ranks: Ranks,
-        *,
-        accumulate: int = 1,
-        clip_grad_norm: float = 0.0,
-        fp16: bool = False,
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, options: UpdateOptions | None = None
     ) -> None:
+        options = options or UpdateOptions()
+        self._ddp: DistributedDataParallel | None = None
+        if isinstance(module, DistributedDataParallel):
+            self._ddp, module = module, module.module
+        elif ranks.world_size > 1:
+            self._ddp = in_ddp(module, ranks)
         self.module = module
-        self._optimizer = optimizer
-        self._accumulate = accumulate
-        self._clip_grad_norm = clip_grad_norm
-        self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
+        self._optimizer, self._ranks, self._options = optimizer, ranks, options
+        self._scaler = options.scaler or torch.amp.GradScaler(ranks.device.type, enabled=False)
         self._ended = 0
         self._no_norm = torch.tensor(torch.nan, device=ranks.device)
-        self._ddp: DistributedDataParallel | None = None
-        if ranks.world_size > 1:
-            devices = [ranks.device] if ranks.device.type == "cuda" else None
-            # Buffers are averaged after the update (Ranks.average_buffers), not copied from rank 0 before it.
-            # From torch 2.15 on the argument has another name.
-            known = inspect.signature(DistributedDataParallel.__init__).parameters
-            unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            options: dict[str, Any] = {unsynced: False}
-            self._ddp = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)
 
-    def __call__(self, images: Tensor | Callable[[], Tensor]) -> Tensor:
+    @property
+    def ends_update(self) -> bool:
+        """See `Engine`."""
+        return self._ended == self._options.accumulate - 1
+
+    def __call__(self, inputs: Tree) -> Any:
         """See `Engine`."""
         if self._ddp is None:
-            return self.module(images)  # type: ignore[no-any-return]
-        is_last = self._ended == self._accumulate - 1
+            return call(self.module, inputs)
         # DDP reads the flag in forward: that decides whether the backward will communicate.
-        with nullcontext() if is_last else self._ddp.no_sync():
-            return self._ddp(images)  # type: ignore[no-any-return]
+        with nullcontext() if self.ends_update else self._ddp.no_sync():
+            return call(self._ddp, inputs)
 
     def scale(self, loss: Tensor) -> Tensor:
         """See `Engine`."""
-        return self._scaler.scale(loss / self._accumulate) if self._scaler.is_enabled() else loss
+        return self._scaler.scale(loss / self._options.accumulate) if self._scaler.is_enabled() else loss
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
-        torch.autograd.backward(self._scaler.scale(loss / self._accumulate))
+        torch.autograd.backward(self._scaler.scale(loss / self._options.accumulate))
 
-    def step(self, lr: float) -> Tensor:
+    def average(self, gradient: Vector) -> None:
+        """See `Engine`. All gradients are there at once, so there is no pass behind which they could travel."""
+        one = torch.ones((), device=self._no_norm.device)
+        factor = self._scaler.scale(one / self._options.accumulate)
+        grads = gradient.tensors
+        if self._options.accumulate > 1 or self._scaler.is_enabled():
+            grads = list(torch._foreach_mul(grads, factor))
+        for param, grad in zip(gradient.params, grads, strict=True):
+            param.grad = grad if param.grad is None else param.grad.add_(grad)
+        if self.ends_update:
+            self._ranks.average_([param.grad for param in gradient.params if param.grad is not None])
+
+    def step(self, lr: float | None) -> Tensor:
         """See `Engine`."""
         self._ended += 1
-        if self._ended < self._accumulate:
+        if self._ended < self._options.accumulate:
             return self._no_norm
         self._ended = 0
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        if lr is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
         self._scaler.unscale_(self._optimizer)
         params = [param for param in self.module.parameters() if param.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
-        if self._clip_grad_norm > 0.0:
-            torch.nn.utils.clip_grads_with_norm_(params, self._clip_grad_norm, grad_norm)
+        if self._options.clip_grad_norm > 0.0:
+            torch.nn.utils.clip_grads_with_norm_(params, self._options.clip_grad_norm, grad_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
@@ -83,6 +103,13 @@ class NativeEngine:
     def momentum(self, params: list[nn.Parameter]) -> list[Tensor]:
         """See `Engine`."""
         return momentum_of(self._optimizer, params)
+
+    def averaged(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """See `Engine`."""
+        found = [torch.zeros_like(param) if param.grad is None else param.grad.clone() for param in params]
+        if self._scaler.is_enabled():
+            torch._foreach_div_(found, self._scaler.scale(torch.ones((), device=self._no_norm.device)))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`."""
@@ -93,3 +120,13 @@ class NativeEngine:
         load_by_name(self.module, self._optimizer, state)
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
+
+
+def in_ddp(module: nn.Module, ranks: Ranks) -> DistributedDataParallel:
+    """`module` in DDP, which averages its gradients; buffers are averaged after an update (`Ranks.average_buffers`)."""
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    # From torch 2.15 on the argument has another name.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {unsynced: False}
+    return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)

@@ -4,45 +4,54 @@ gradient. That is another m of m-sharpness than everywhere else here: the global
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esam_dist.engine.deepspeed import DeepSpeedEngine
+from esam_dist.step.examples import Tree
+from esam_dist.step.vector import Vector
 
 
 class Zero3Engine(DeepSpeedEngine):
-    """See `engine.base.Engine`; besides, `perturbed_by_average`."""
+    """See `step.Engine`. A gradient is this rank's shards of the averaged one; so is what the weights move along."""
 
-    @contextmanager
-    def perturbed_by_average(self, radius: float) -> Iterator[Tensor]:
-        """After `backward`: move each shard of the weights along its shard of the averaged gradient, then forget that.
+    calls_together = True
 
-        The perturbation has norm `radius` over all shards. Yields whether the gradient was finite (scalar bool); where
-        it was not, nothing moves. On leaving, the shards are restored to the bit; the `backward` inside the block is
-        the one that counts for `step`.
-        """
+    def outputs(self, inputs: Tree) -> Any:
+        """See `Engine`: with DeepSpeed's hooks, for `gradient` averages."""
+        return self(inputs)
+
+    def gradient(self, loss: Tensor, params: list[nn.Parameter], *, fill: bool = False) -> Vector:  # noqa: ARG002
+        """See `Engine`: over all `params`, averaged over ranks."""
+        self.backward(loss)
         zero = self._ds.optimizer
-        shards = [param.ds_tensor for group in zero.fp16_groups for param in group]
-        grads = [grad for i in range(len(zero.fp16_groups)) for grad in zero.averaged_gradients[i]]
-        norm = self._ranks.sum_(torch.nn.utils.get_total_norm(grads).square()).sqrt()
-        finite = torch.isfinite(norm)
-        scale = torch.where(finite & (norm > 0), radius / norm, torch.zeros_like(norm))
-        backup = [shard.detach().clone() for shard in shards]
-        with torch.no_grad():
-            for shard, grad in zip(shards, grads, strict=True):
-                shard.add_(grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).view_as(shard) * scale)
+        taken = {
+            param: grad
+            for i, group in enumerate(zero.fp16_groups)
+            for param, grad in zip(group, zero.averaged_gradients[i], strict=True)
+        }
+        scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        # Copies: DeepSpeed writes the next gradient to the same memory.
+        shards = [taken[param].view_as(param.ds_tensor).clone().div_(scale) for param in params]  # type: ignore[attr-defined]
         # From here on the next backward starts from nothing.
         zero.zero_grad()
         zero.averaged_gradients = {}
-        try:
-            yield finite
-        finally:
-            torch._foreach_copy_([shard.detach() for shard in shards], backup)
+        return Vector(params, shards, self._ranks.sum_)
+
+    def average(self, gradient: Vector) -> None:
+        """See `Engine`: it is averaged already."""
+        scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        shards = dict(zip(gradient.params, gradient.tensors, strict=True))
+        zero = self._ds.optimizer
+        zero.averaged_gradients = {
+            i: [shards[param].flatten() * scale for param in group] for i, group in enumerate(zero.fp16_groups)
+        }
+
+    def weights(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """See `Engine`: this rank's shards."""
+        return [param.ds_tensor.detach() for param in params]  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.launch.arguments import Job
+from esam_dist.section import Section
 
 MAX_PORT = 65535
 ANSWER_SECONDS = 3
@@ -134,8 +135,8 @@ def versions(cfg: config.Config) -> dict[str, str]:
     }
 
 
-def _without(cfg: config.Config, section: str, keys: set[str]) -> config.Section:
-    part: config.Section = getattr(cfg, section)
+def _without(cfg: config.Config, section: str, keys: set[str]) -> Section:
+    part: Section = getattr(cfg, section)
     return part.model_copy(update={key: type(part).model_fields[key].default for key in keys})
 
 

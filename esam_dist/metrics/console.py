@@ -1,8 +1,9 @@
-"""Progress on rank 0: a bar where somebody looks, log lines where nobody does."""
+"""Progress on rank 0: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,14 +20,14 @@ def wants_bar(progress: str) -> bool:
     return progress == "bar" or (progress == "auto" and sys.stderr.isatty())
 
 
-class Lines:
+class LogLines:
     """One log line per row."""
 
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
 
     def progress(self, step: int) -> None:
-        """Nothing: the rows say enough."""
+        """Do nothing: the rows say enough."""
 
     def train(self, row: TrainRow) -> None:
         """Log one interval."""
@@ -41,11 +42,11 @@ class Lines:
         log.info("step %d/%d  checkpoint saved in %.1f s", step, self._total, seconds)
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
 
-class Bar:
-    """A tqdm bar with the newest values behind it; validations stay on the screen."""
+class ProgressBar:
+    """A tqdm bar followed by the newest values; validations stay on the screen."""
 
     def __init__(self, total_steps: int) -> None:
         from tqdm import tqdm
@@ -54,7 +55,7 @@ class Bar:
         self._fresh = True
 
     def progress(self, step: int) -> None:
-        """Move the bar to `step`; after a resume the speed counts from there."""
+        """Move the bar to `step`; after a resume the speed is measured from there."""
         if self._fresh:
             self._bar.initial = self._bar.n = self._bar.last_print_n = step - 1
             self._fresh = False
@@ -69,22 +70,23 @@ class Bar:
         self._bar.write(f"step {row.step}  {_validation_words(row)}", file=sys.stderr)
 
     def checkpoint(self, step: int, seconds: float) -> None:
-        """Nothing: the bar has no room for it."""
+        """Do nothing: the bar has no room for it."""
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it is."""
         self._bar.close()
 
 
 def _train_words(row: TrainRow) -> list[str]:
     words = [f"epoch {row.epoch:.2f}", f"loss {row.loss:.4f}", f"lr {row.lr:.3g}", f"kept {row.kept_fraction:.0%}"]
-    if row.sharpness is not None:
+    if row.sharpness is not None and math.isfinite(row.sharpness):
         words.append(f"sharpness {row.sharpness:.4f}")
     return [*words, f"{row.images_per_second:.0f} img/s"]
 
 
 def _validation_words(row: ValidationRow) -> str:
+    averaged = "" if row.averaged_accuracy is None else f" (averaged {row.averaged_accuracy:.4f})"
     return (
-        f"epoch {row.epoch:.2f}  validation accuracy {row.accuracy:.4f}  top-5 {row.top5_accuracy:.4f}  "
+        f"epoch {row.epoch:.2f}  validation accuracy {row.accuracy:.4f}{averaged}  top-5 {row.top5_accuracy:.4f}  "
         f"loss {row.loss:.4f}  in {row.seconds:.1f} s"
     )

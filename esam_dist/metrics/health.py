@@ -1,7 +1,8 @@
 """One small HTTP server per rank: `/metrics`, `/healthz`, `/readyz`.
 
-`/healthz` answers 503 when nothing has moved for `stall_seconds`: a collective that waits for a lost rank blocks the
-training thread, not this one. `/readyz` answers 200 from the first update on: the ranks have met and the data is there.
+`/healthz` answers 503 when nothing has moved for `stall_seconds`. A collective that waits for a lost rank blocks the
+training thread, but not this server's. `/readyz` answers 200 from the first update on: then the ranks have met and the
+data is there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ StartResponse = Callable[..., Any]
 
 
 class Pulse:
-    """When this process last moved on, and whether that is too long ago."""
+    """When this process last made progress, and whether that is too long ago."""
 
     def __init__(self, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._stall_seconds = stall_seconds
@@ -33,11 +34,11 @@ class Pulse:
         self.ready = False
 
     def beat(self) -> None:
-        """Something moved on."""
+        """Note that something moved."""
         self._last = self._clock()
 
     def stepped(self, step: int) -> None:
-        """An update is finished."""
+        """Note that an update is finished."""
         self.step = step
         self.ready = True
         self.beat()
@@ -52,7 +53,7 @@ class Pulse:
 class Server:
     """Serves `registry` and `pulse` at `bind`:`port` from a daemon thread, until closed.
 
-    Raises UserError when the address cannot be bound. Port 0 takes a free one; `port` tells which.
+    Raises UserError when the address cannot be bound. Port 0 takes a free port, which `port` then names.
     """
 
     def __init__(self, registry: CollectorRegistry, pulse: Pulse, bind: str, port: int) -> None:
@@ -80,7 +81,7 @@ _ADDRESS_UNKNOWN = 99  # EADDRNOTAVAIL: the machine has no such address
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = 10  # a client that says nothing must not hold a thread for ever
+    timeout = 10  # a silent client must not hold a thread for ever
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Say nothing: a scrape every few seconds would bury the log."""
@@ -101,7 +102,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a client that hangs up is no event of the training."""
+        """Say nothing: a client that hangs up does not concern the training."""
 
 
 def _resolve(bind: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:

@@ -14,14 +14,14 @@ FILE = "metrics.jsonl"
 
 
 class JsonLines:
-    """Appends rows to `folder/metrics.jsonl`; every row is on its way to the disk when `write` returns."""
+    """Appends rows to `folder/metrics.jsonl`; a row has left this process when `write` returns."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / FILE).open("a", encoding="utf-8")
 
     def write(self, kind: str, values: dict[str, Any]) -> None:
-        """Append one row, `kind` first; a value that is not finite becomes null, so that every reader takes it."""
+        """Append one row, `kind` first; a value that is not finite becomes null, which every reader accepts."""
         row = {"kind": kind} | {key: _plain(value) for key, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
@@ -32,10 +32,10 @@ class JsonLines:
 
 
 def rewind(folder: Path, step: int) -> int:
-    """Drop the rows of `folder/metrics.jsonl` that lie after `step`, or that a kill cut off; return how many.
+    """Drop the rows of `folder/metrics.jsonl` after `step`, and any that a kill cut off; return how many.
 
-    To be called on rank 0 before `Metrics` is built, with the step that the run continues from (0: a new run, nothing
-    is kept), so that a step done again is not reported twice. The file is replaced in one move: a kill here loses
+    Call it on rank 0 before `Metrics` is built, with the step that the run continues from (0: a new run, nothing is
+    kept), so that a repeated step is not reported twice. The file is replaced in one move, so a kill here loses
     nothing.
     """
     path = folder / FILE
@@ -54,7 +54,7 @@ def rewind(folder: Path, step: int) -> int:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `folder/metrics.jsonl` in order, without a last line that is still being written."""
+    """The rows of `folder/metrics.jsonl` in order, except a last line that is still being written."""
     path = folder / FILE
     if not path.exists():
         return []

@@ -1,9 +1,10 @@
 """The Prometheus side: names, help texts, and the values of one rank.
 
 A gauge that has no value yet is absent, not 0: an alert on a missing loss is honest, one on a loss of 0 is not.
-Counters start at 0 in every process, as Prometheus expects, with every label value that they can have: it sees no rise
-in a series that begins. Those of the run's history count over its processes, and are absent on a rank that does not
-know it yet: 0 would look like a rise by all of it.
+
+Counters start at 0 in every process, as Prometheus expects, with every label value that they can have, because
+Prometheus sees no rise in a series that only begins. Counters of the run's history count over all its processes. They
+are absent on a rank that does not know the history yet, because a start at 0 would look like a rise by all of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Info, Proce
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from esam_dist.metrics.rows import Standing, TrainRow, ValidationRow
+from esam_dist.metrics.rows import TrainRow, ValidationRow
+from esam_dist.progress import Progress
 
 GAUGES = {
     "esam_step": "Updates finished since the beginning of the run.",
@@ -37,6 +39,7 @@ GAUGES = {
     "esam_validation_accuracy": "Top-1 accuracy of the last validation, 0 to 1.",
     "esam_validation_top5_accuracy": "Top-5 accuracy of the last validation, 0 to 1.",
     "esam_validation_loss": "Loss of the last validation.",
+    "esam_validation_averaged_accuracy": "Top-1 accuracy of the averaged weights in the last validation, 0 to 1.",
     "esam_validation_best_accuracy": "Highest top-1 accuracy that this process has seen, 0 to 1.",
     "esam_validation_best_epoch": "Epoch of the highest top-1 accuracy.",
     "esam_checkpoint_last_step": "Update of the last checkpoint.",
@@ -49,6 +52,7 @@ RANK_GAUGES = {
 COUNTERS = {
     "esam_samples_total": "Training samples seen by all ranks.",
     "esam_kept_samples_total": "Training samples kept for the descent by all ranks (SDS).",
+    "esam_sharp_updates_total": "Updates that were sharpness-aware, by the method's phase and interval.",
     "esam_skipped_perturbations_total": "Updates without perturbation, because the ascent gradient was not finite.",
 }
 HISTORY = {
@@ -95,26 +99,26 @@ class Exposition(Collector):
         registry.register(self)
 
     def set(self, name: str, value: float | None) -> None:
-        """Set the gauge `name`; None takes it away, and so does nan where it says "not measured"."""
+        """Set the gauge `name`; None removes it, and so does nan where it means "not measured"."""
         if value is None or (name in OPTIONAL and math.isnan(value)):
             self._values.pop(name, None)
         else:
             self._values[name] = value
 
     def get(self, name: str) -> float | None:
-        """The gauge's value, None where it has none."""
+        """The gauge's value, or None where it has none."""
         return self._values.get(name)
 
-    def take_up(self, standing: Standing) -> None:
+    def take_up(self, progress: Progress) -> None:
         """Show where the run stands; what earlier processes saw is left out of `esam_samples_total`."""
-        self._samples = standing.samples
-        self.set("esam_planned_steps", standing.planned_steps)
-        self.set("esam_step", standing.step)
-        self.set("esam_restarts_total", standing.restarts)
-        self.set("esam_loss_not_finite_total", standing.not_finite)
+        self._samples = progress.samples
+        self.set("esam_planned_steps", progress.planned_steps)
+        self.set("esam_step", progress.step)
+        self.set("esam_restarts_total", progress.restarts)
+        self.set("esam_loss_not_finite_total", progress.not_finite)
 
     def train(self, row: TrainRow) -> None:
-        """Take over one log interval."""
+        """Add one log interval."""
         for name, value in _gauges(row).items():
             self.set(name, value)
         if not math.isfinite(row.loss):
@@ -122,6 +126,7 @@ class Exposition(Collector):
         self._counters["esam_samples_total"].inc(max(0, row.samples - self._samples))
         self._samples = row.samples
         self._counters["esam_kept_samples_total"].inc(row.kept_samples)
+        self._counters["esam_sharp_updates_total"].inc(row.sharp_updates)
         self._counters["esam_skipped_perturbations_total"].inc(row.skipped_perturbations)
         self._skip(row.skipped_samples)
         for phase, seconds in row.phases.items():
@@ -129,10 +134,11 @@ class Exposition(Collector):
                 self.observe(phase, value)
 
     def validation(self, row: ValidationRow) -> None:
-        """Take over one validation."""
+        """Add one validation."""
         self.set("esam_validation_accuracy", row.accuracy)
         self.set("esam_validation_top5_accuracy", row.top5_accuracy)
         self.set("esam_validation_loss", row.loss)
+        self.set("esam_validation_averaged_accuracy", row.averaged_accuracy)
         if row.accuracy > (self.get("esam_validation_best_accuracy") or -math.inf):
             self.set("esam_validation_best_accuracy", row.accuracy)
             self.set("esam_validation_best_epoch", row.epoch)
@@ -162,7 +168,7 @@ class Exposition(Collector):
                 yield CounterMetricFamily(name, text, value=value)
 
     def describe(self) -> Iterable[Metric]:
-        """Yield all of these, so that the registry refuses a second metric of the same name."""
+        """Yield all of them without values, so that the registry refuses a second metric of the same name."""
         for name, text in (GAUGES | RANK_GAUGES).items():
             yield GaugeMetricFamily(name, text)
         for name, text in HISTORY.items():

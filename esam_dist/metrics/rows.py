@@ -1,4 +1,4 @@
-"""What the loop reports, as plain values: every one is already on the host."""
+"""What the loop reports, as plain values that are already on the host."""
 
 from __future__ import annotations
 
@@ -6,23 +6,8 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where a run stands when a process takes it up."""
-
-    planned_steps: int
-    """Updates of the whole run."""
-    step: int = 0
-    samples: int = 0
-    """Seen by all ranks of earlier processes."""
-    restarts: int = 0
-    """Starts after the first, this one included."""
-    not_finite: int = 0
-    """Earlier processes that ended because the loss was not finite."""
-
-
-@dataclass(frozen=True)
 class TrainRow:
-    """One log interval. Without another word a value is the mean of the interval over all ranks."""
+    """One log interval. Unless a field says otherwise, it is the mean over the interval and over all ranks."""
 
     step: int
     """Updates finished, counted from the beginning of the run."""
@@ -34,7 +19,7 @@ class TrainRow:
     """Rise of the loss at the perturbed weights; None where the method does not measure it."""
     kept_fraction: float
     images_per_second: float
-    """Of all ranks together."""
+    """All ranks together."""
     step_seconds: float
     data_wait_seconds: float
     """Per step: time in which a rank had no batch."""
@@ -49,6 +34,8 @@ class TrainRow:
     """Kept for the descent by all ranks in this interval."""
     skipped_perturbations: int = 0
     """In this interval, because the ascent gradient was not finite."""
+    sharp_updates: int = 0
+    """Sharpness-aware updates in this interval; the others were plain."""
     skipped_samples: dict[str, int] = field(default_factory=dict)
     """By reason: samples that this rank could not read in this interval."""
     phases: dict[str, list[float]] = field(default_factory=dict)
@@ -66,5 +53,8 @@ class ValidationRow:
     top5_accuracy: float
     loss: float
     seconds: float
+    averaged_accuracy: float | None = None
+    """Of the averaged weights (`train.average`); None without."""
+    averaged_loss: float | None = None
     skipped_samples: dict[str, int] = field(default_factory=dict)
     """By reason: samples that this rank could not read in this pass."""

@@ -1,4 +1,4 @@
-"""Every sink of one rank behind one object: the loop reports once, this passes it on."""
+"""Every sink of one rank behind one object: the loop reports once, and this passes it on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from prometheus_client import CollectorRegistry
 from esam_dist import config
 from esam_dist.metrics import jsonl
 from esam_dist.metrics.board import TensorBoard
-from esam_dist.metrics.console import Bar, Lines, wants_bar
+from esam_dist.metrics.console import LogLines, ProgressBar, wants_bar
 from esam_dist.metrics.health import Pulse, Server
 from esam_dist.metrics.prometheus import Exposition
-from esam_dist.metrics.rows import Standing, TrainRow, ValidationRow
+from esam_dist.metrics.rows import TrainRow, ValidationRow
+from esam_dist.progress import Progress
 
 log = logging.getLogger("esam_dist")
 
 PUSHED_JOB = "esam_pushed"
-"""The label `job` of pushed values, by which rules leave them out: a gateway shows them for ever."""
+"""The label `job` of pushed values. Rules leave it out, because a gateway shows pushed values for ever."""
 
 
 class Metrics:
     """Every sink of one rank: Prometheus on each rank; metrics.jsonl, TensorBoard and the console on rank 0.
 
-    `standing` is where the run stands; ranks other than 0 get to know it when they have met, and then call `take_up`.
+    `progress` is where the run stands. Other ranks than 0 learn it when the ranks have met, and then call `take_up`.
     Raises UserError when the endpoint's address is taken or TensorBoard is missing.
     """
 
@@ -40,7 +41,7 @@ class Metrics:
         local_rank: int,
         world_size: int,
         run_info: dict[str, str],
-        standing: Standing | None = None,
+        progress: Progress | None = None,
         registry: CollectorRegistry | None = None,
     ) -> None:
         self.registry = registry or CollectorRegistry()
@@ -48,21 +49,21 @@ class Metrics:
         self._run = run_info.get("run", folder.name)
         self._prometheus = Exposition(self.registry, rank=rank, world_size=world_size, run_info=run_info)
         self._prometheus.set("esam_start_timestamp_seconds", time.time())
-        if standing is not None:
-            self.take_up(standing)
+        if progress is not None:
+            self.take_up(progress)
         self.pulse = Pulse(cfg.stall_seconds)
         self._server = Server(self.registry, self.pulse, cfg.bind, cfg.port + local_rank) if cfg.port else None
         self._board = TensorBoard(folder) if cfg.tensorboard and rank == 0 else None
-        self._lines = jsonl.JsonLines(folder) if rank == 0 else None
-        self._console: Bar | Lines | None = None
-        if rank == 0 and standing is not None:
-            total = standing.planned_steps
-            self._console = Bar(total) if wants_bar(cfg.progress) else Lines(total)
+        self._rows = jsonl.JsonLines(folder) if rank == 0 else None
+        self._console: ProgressBar | LogLines | None = None
+        if rank == 0 and progress is not None:
+            total = progress.planned_steps
+            self._console = ProgressBar(total) if wants_bar(cfg.progress) else LogLines(total)
 
-    def take_up(self, standing: Standing) -> None:
+    def take_up(self, progress: Progress) -> None:
         """Show where the run stands, before the first update of this process."""
-        self._restarts = standing.restarts
-        self._prometheus.take_up(standing)
+        self._restarts = progress.restarts
+        self._prometheus.take_up(progress)
 
     def train(self, row: TrainRow) -> None:
         """Report one log interval; every rank calls it."""
@@ -89,7 +90,7 @@ class Metrics:
             self._console.progress(steps)
 
     def heartbeat(self) -> None:
-        """Say that something other than an update moved on, such as a validation batch, so that it is no stall."""
+        """Report progress other than an update, such as a validation batch, so that it does not count as a stall."""
         self.pulse.beat()
 
     def checkpoint_saved(self, step: int, seconds: float) -> None:
@@ -103,18 +104,18 @@ class Metrics:
             self._console.checkpoint(step, seconds)
 
     def close(self) -> None:
-        """Push the final values where `metrics.gateway` says so, and close every sink, whatever another one raises."""
+        """Push the final values to `metrics.gateway`, if set, and close every sink, whatever another one raises."""
         with ExitStack() as stack:
-            for sink in (self._server, self._console, self._board, self._lines):
+            for sink in (self._server, self._console, self._board, self._rows):
                 if sink:
                     stack.callback(sink.close)
-            self._lines = self._board = self._console = self._server = None
+            self._rows = self._board = self._console = self._server = None
             if self._cfg.gateway:
                 self._push(self._cfg.gateway)
 
     def _write(self, kind: str, values: dict[str, object]) -> None:
-        if self._lines:
-            self._lines.write(kind, values)
+        if self._rows:
+            self._rows.write(kind, values)
         if self._board:
             self._board.write(kind, values)
 
@@ -125,5 +126,5 @@ class Metrics:
         try:
             push_to_gateway(gateway, job=PUSHED_JOB, grouping_key=group, registry=self.registry, timeout=10)
         except (OSError, HTTPException, ValueError) as error:
-            # A run that trained for days does not fail because nobody listens.
+            # A run that trained for days must not fail because no gateway listens.
             log.warning("metrics.gateway = %s: the final values were not taken (%s)", gateway, error)

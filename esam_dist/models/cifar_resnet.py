@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def cifar_resnet8(num_classes: int) -> nn.Module:
-    """78 thousand parameters: learns on a CPU."""
+    """78 thousand parameters: small enough for a CPU."""
     return CifarResNet(num_classes, widths=(16, 32, 64), depth=1)
 
 

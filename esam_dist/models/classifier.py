@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +11,7 @@ AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Classifier(nn.Module):
     """A network whose forward passes run under autocast: images [B, 3, H, W] to logits [B, K] in float32.
 
-    Weights stay in float32 whatever `precision`: in bfloat16 most of them could not hold a perturbation of size rho.
+    Weights stay in float32 whatever `precision` is: in bfloat16 most could not represent a perturbation of size rho.
     """
 
     def __init__(self, network: nn.Module, precision: str = "fp32", *, channels_last: bool = False) -> None:
@@ -23,14 +21,8 @@ class Classifier(nn.Module):
         network.to(memory_format=self._format)
         self._autocast_type = AUTOCAST_TYPES[precision]
 
-    def forward(self, images: Tensor | Callable[[], Tensor]) -> Tensor:
-        """Logits [B, K], float32.
-
-        Instead of images, a function of no arguments is called, and its result returned: so a gradient that was
-        computed elsewhere passes through the wrapper (DDP) that averages gradients.
-        """
-        if not isinstance(images, Tensor):
-            return images()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K], float32."""
         images = images.to(memory_format=self._format)
         if self._autocast_type is None:
             return self.network(images)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""torch.compile, so that a backward pass which stops early still does."""
+"""torch.compile, in a way that lets a backward pass still stop early."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _COMPILATIONS = 8
 def compile_network(network: nn.Module, *, by_block: bool = False, backend: Backend = "inductor") -> None:
     """Compile `network` in place: as a whole, or each of its blocks by itself.
 
-    The backward pass of what is compiled together is one piece, which computes the gradients of all its weights and of
-    its input, whichever of them are asked for. As a whole, an ascent over some of the weights (SWP) therefore costs
-    what one over all costs; by blocks, one that stops at a cut (`method.swp: suffix`) still leaves out every block
-    before the cut.
+    What is compiled together has one backward pass, which computes the gradients of all its weights and of its input,
+    whichever are asked for. So if the network is compiled as a whole, an ascent over some of the weights (SWP) costs as
+    much as one over all. If it is compiled by blocks, an ascent that stops at a cut (`method.swp: suffix`) still leaves
+    out every block before the cut.
     """
     parts = blocks(network) if by_block else []
     if by_block and not parts:
@@ -33,7 +33,7 @@ def compile_network(network: nn.Module, *, by_block: bool = False, backend: Back
             "what it would without method.swp = suffix"
         )
     parts = parts or [network]
-    # Blocks of one class share their code, and torch bounds compilations by code: beyond, it would not compile at all.
+    # Blocks of one class share their code. torch limits compilations per code object, and does not compile beyond.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _COMPILATIONS * len(parts))
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)

@@ -1,4 +1,4 @@
-"""The small vision transformer, which torchvision has no name for (Touvron et al., 2021, arXiv 2012.12877, table 1)."""
+"""The small vision transformer, for which torchvision has no name (Touvron et al., 2021, arXiv 2012.12877, table 1)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Line:
     curve: Curve
     marks: list[float] = field(default_factory=list)
     limits: tuple[float, float] = (-math.inf, math.inf)
-    """What the quantity cannot leave, and so its band does not either."""
+    """The range of the quantity, which its band does not leave either."""
 
 
 def lines(title: str, shown: list[Line], unit: str = "") -> str:
@@ -132,7 +132,7 @@ def _edges(point: tuple[float, float, float], limits: tuple[float, float]) -> tu
 def _band(
     points: list[tuple[float, float, float]], limits: tuple[float, float], x: Scale, y: Scale, colour: str
 ) -> str:
-    if not any(half > 1e-9 * abs(value) for _, value, half in points):  # seeds may agree but for rounding
+    if not any(half > 1e-9 * abs(value) for _, value, half in points):  # seeds may agree except for rounding
         return ""
     edges = [(x(point[0]), *map(y, _edges(point, limits))) for point in points]
     upper = [f"{px:.1f},{high:.1f}" for px, _, high in edges]

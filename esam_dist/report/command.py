@@ -1,4 +1,4 @@
-"""`esam-dist report RUN...`: the page is written, the summary printed."""
+"""`esam-dist report RUN...`: writes the page and prints the summary."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from esam_dist.report import page, runs
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `esam-dist report` on `parser`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; seeds are put together")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; seeds are grouped")
     parser.add_argument("--out", type=Path, help="HTML file (default: report.html in the first run's folder)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out `esam-dist report`. Raises UserError for a folder without a run, or a page not writable."""
+    """Carry out `esam-dist report`. Raises UserError for a folder without a run, or a page that cannot be written."""
     groups = runs.group([runs.read(folder) for folder in args.runs])
     out: Path = args.out or args.runs[0] / "report.html"
     try:

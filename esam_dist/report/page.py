@@ -1,4 +1,4 @@
-"""The HTML page: no script, no font and no picture from elsewhere, so that it can be mailed and archived."""
+"""The HTML page. It loads no script, font or picture from elsewhere, so that it can be mailed and archived."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 CHARTS = (
     ("train", "loss", "Training loss", "", POSITIVE),
     ("validation", "accuracy", "Validation accuracy", "top-1", SHARE),
+    ("validation", "averaged_accuracy", "Validation accuracy, averaged weights", "top-1", SHARE),
     ("validation", "loss", "Validation loss", "", POSITIVE),
     ("train", "sharpness", "Sharpness", "rise of the loss at the perturbed weights", ANY),
     ("train", "kept_fraction", "Samples kept", "share of the batch", SHARE),
@@ -105,7 +106,7 @@ def _number(values: list[float], digits: int) -> str:
 
 
 def _phases(seconds: dict[str, dict[str, float]]) -> str:
-    """The bars' numbers, for paper and for those who cannot point at a bar."""
+    """The numbers of the bars, for print and for readers who cannot point at a bar."""
     shown = [phase for phase in PHASES if any(values.get(phase) for values in seconds.values())]
     if not shown:
         return ""
@@ -164,7 +165,7 @@ def _flat(values: dict[str, object]) -> dict[str, str]:
 
 
 def _wrapped(text: str) -> str:
-    """Paths and `key=value` break where they are made of parts, in a narrow column."""
+    """`text` with places where paths and `key=value` may break in a narrow column."""
     return escape(text).replace("/", "/<wbr>").replace("=", "=<wbr>")
 
 

@@ -1,4 +1,4 @@
-"""Runs as read from their folders, and groups of runs that differ in their seed alone."""
+"""Runs as read from their folders, and groups of runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esam_dist.errors import UserError
 from esam_dist.metrics import jsonl
 
 Row = dict[str, Any]
-NOT_THE_METHOD = ("run.", "metrics.", "checkpoint.")  # keys that tell a run's place, not what it learns
+NOT_THE_METHOD = ("run.", "metrics.", "checkpoint.")  # keys that say where a run writes, not what it learns
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Run:
 
     @property
     def hours(self) -> float:
-        """Time of the training steps; without validation and checkpoints, which depend on the machine more."""
+        """Time of the training steps, without validation and checkpoints, which depend more on the machine."""
         steps = np.diff([0, *(row["step"] for row in self.train)])
         return float(sum(n * (row.get("step_seconds") or 0.0) for n, row in zip(steps, self.train, strict=True))) / 3600
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone, under the name that tells them from the other groups."""
+    """Runs that differ only in their seed, under a name that distinguishes them from the other groups."""
 
     name: str
     runs: list[Run]
@@ -91,7 +91,9 @@ def group(runs: list[Run]) -> list[Group]:
     found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         found.setdefault(tuple(sorted(_method(run).items())), []).append(run)
-    differing = {key for key in _keys(runs) if len({_method(run).get(key) for run in runs}) > 1}
+    methods = [_method(run) for run in runs]
+    # A key that only one method has tells nothing that its name does not.
+    differing = {key for key in _keys(runs) if len({method[key] for method in methods if key in method}) > 1}
     return [Group(_name(members, differing), members) for members in found.values()]
 
 
@@ -112,7 +114,7 @@ def curve(members: Group, rows: str, key: str) -> Curve:
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half width of its 95% confidence interval by Student's t.
 
-    The half width is nan for fewer than three values: for two it is nine times their distance, which says nothing.
+    The half width is nan for fewer than three values. For two it would be nine times their distance: no use.
     """
     mean = sum(values) / len(values) if values else math.nan
     if len(values) < 3:
@@ -145,7 +147,12 @@ def _settings(path: Path) -> dict[str, str]:
 
 def _method(run: Run) -> dict[str, str]:
     # A run of an older version lacks the newer keys; it behaved as their defaults do.
-    defaults = {key: default for key, (default, _) in config.keys().items()}
+    method = run.settings.get("method.name")
+    defaults = {
+        key.name: key.default
+        for key in config.keys()  # noqa: SIM118
+        if not key.methods or method in key.methods
+    }
     return {key: value for key, value in (defaults | run.settings).items() if not key.startswith(NOT_THE_METHOD)}
 
 
@@ -158,5 +165,6 @@ def _name(members: list[Run], differing: set[str]) -> str:
         return members[0].folder.name
     chosen = _method(members[0])
     words = [chosen.get("method.name", "?")] if "method.name" in differing else []
-    words += [f"{key.partition('.')[2]} {chosen.get(key, '-')}" for key in sorted(differing - {"method.name"})]
+    own = sorted(key for key in differing - {"method.name"} if key in chosen)
+    words += [f"{key.partition('.')[2]} {chosen[key]}" for key in own]
     return ", ".join(words)

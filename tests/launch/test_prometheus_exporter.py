@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_prometheus_files import RULES, promtool
 
 from esam_dist import config
-from esam_dist.cli import _standing
+from esam_dist.cli import _progress
 from esam_dist.metrics import Metrics, TrainRow
 from esam_dist.ranks import Ranks
 from esam_dist.run_folder import note_not_finite, open_run_folder, read_history
@@ -37,9 +37,9 @@ class Watched:
 
     def start(self):
         folder = open_run_folder(self.cfg, Ranks())
-        standing = _standing(self.cfg, Ranks(), None, read_history(folder), SimpleNamespace(num_samples=10**6))
+        progress = _progress(self.cfg, None, read_history(folder), SimpleNamespace(num_samples=10**6))
         self.metrics = Metrics(
-            folder, self.cfg.metrics, rank=0, local_rank=0, world_size=1, run_info={}, standing=standing
+            folder, self.cfg.metrics, rank=0, local_rank=0, world_size=1, run_info={}, progress=progress
         )
         self.scrape()
 

@@ -9,9 +9,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from servers import ROOT, tool
 
 from esam_dist import config
-from esam_dist.metrics import Metrics, Standing, TrainRow, ValidationRow
+from esam_dist.metrics import Metrics, TrainRow, ValidationRow
 from esam_dist.metrics.prometheus import names
 from esam_dist.metrics.sinks import PUSHED_JOB
+from esam_dist.progress import Progress
 
 RULES = ROOT / "launch/prometheus/rules.yaml"
 DASHBOARD = ROOT / "launch/grafana/dashboard.json"
@@ -49,7 +50,7 @@ def filled_registry(tmp_path):
         rank=0,
         local_rank=0,
         world_size=1,
-        standing=Standing(planned_steps=10),
+        progress=Progress(planned_steps=10),
         run_info={"model": "cifar_resnet8"},
         registry=CollectorRegistry(),
     )

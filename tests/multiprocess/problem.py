@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from esam_dist import config
-from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
 from esam_dist.engine import build_engine
-from esam_dist.esam import Memory, StepStats
 from esam_dist.models import Classifier, compile_network
 from esam_dist.ranks import Ranks
-from esam_dist.rule import Rule
-from esam_dist.score import watched_head
+from esam_dist.sharpness_aware import SharpnessAware
+from esam_dist.step import Moment, StepStats
 from esam_dist.train import micro_batch
 
 BATCH, CLASSES = 6, 5
@@ -106,32 +104,20 @@ def train_rank(
     """
     classifier = Classifier(make_network(dtype), cfg.train.precision)
     if backend is not None:
-        if cfg.method.score == "head":
-            watched_head(classifier)
-        compile_network(classifier.network, by_block=cfg.method.swp == "suffix", backend=backend)
-    engine = build_engine(classifier, cfg, ranks)
-    memory, clock, stats = Memory(), PhaseClock(ranks.device), []
+        cfg.method.prepare(classifier)
+        compile_network(classifier.network, by_block=cfg.method.stops_early, backend=backend)
+    trainer = SharpnessAware.over(build_engine(classifier, cfg, ranks), cfg.method, ranks, seed=cfg.run.seed)
+    stats: list[StepStats] = []
     first = 0
     if start is not None:
         outcome, first = start
-        engine.load_state_dict(outcome.state)
-        memory.load_state_dict(outcome.memory, ranks.device)
+        trainer.engine.load_state_dict(outcome.state)
+        trainer.state.load_state_dict(outcome.memory)
     for step in range(first, first + steps):
-        rule = Rule.at(cfg, step=step, epoch=float(step))
         for micro in range(cfg.train.accumulate):
             batch = rank_batch(ranks, step, micro, dtype, cfg.data.batch_size)
-            stats += micro_batch(
-                engine,
-                batch,
-                rule,
-                cfg.method.group_size,
-                lr=cfg.optim.lr,
-                ranks=ranks,
-                seed=(cfg.run.seed, step, micro),
-                clock=clock,
-                memory=memory,
-            )
-        ranks.average_buffers(classifier)
-    state = engine.state_dict()
+            moment = Moment(step, float(step), step / cfg.train.epochs)
+            stats.append(micro_batch(trainer, batch, cfg, moment, cfg.optim.lr))
+    state = trainer.engine.state_dict()
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state["model"].values())).hexdigest()
-    return Outcome(state, digest, stats, memory.state_dict())
+    return Outcome(state, digest, stats, trainer.state.state_dict())

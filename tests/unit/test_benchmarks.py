@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import importlib.util
 import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.coordination_draws import RESULTS, mixture
-from benchmarks.coordination_network import NETWORKS, model_transport
-from benchmarks.coordination_rules import (
+from benchmarks.coordination.draws import RESULTS, mixture
+from benchmarks.coordination.network import NETWORKS, model_transport
+from benchmarks.coordination.rules import (
     by_allotment,
     by_threshold,
     compare,
@@ -22,9 +27,49 @@ from benchmarks.coordination_rules import (
     errors,
     quantiles_of_ranks,
 )
-from benchmarks.step_cost_report import summarise, to_sgd
+from benchmarks.step_cost.report import summarise, to_sgd
+from docs.tables import pages
 from esam_dist import selection
 from tests.scores import FRACTIONS, above_threshold, capacities, some, tables
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SOURCES = sorted(BENCHMARKS.rglob("*.py"))
+
+
+def reaches(tree: ast.AST) -> Iterator[str]:
+    """Where the code goes past what our modules offer: their private names, the module path, the tests."""
+    ours = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("esam_dist", "benchmarks"):
+            ours |= {alias.asname or alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "tests":
+            yield str(node.module)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if ast.unparse(node) == "sys.path" or (node.value.id in ours and node.attr.startswith("_")):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("self.") and node.attr.startswith("_"):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(BENCHMARKS)))
+def test_a_benchmark_uses_only_what_the_package_offers(path: Path) -> None:
+    assert list(reaches(ast.parse(path.read_text()))) == []
+
+
+def test_every_benchmark_that_the_pages_name_is_there() -> None:
+    texts = [path.read_text() for path in [*pages(), *SOURCES]]
+    named = set(re.findall(r"python -m (benchmarks[\w.]*\w)", "\n".join(texts)))
+    assert "benchmarks.step_cost.phases" in named
+    assert [name for name in sorted(named) if importlib.util.find_spec(name) is None] == []
+
+
+def test_every_result_lies_beside_the_benchmark_that_wrote_it() -> None:
+    rooms = {path.parent for path in BENCHMARKS.rglob("__main__.py")} - {BENCHMARKS}
+    results = [path for path in BENCHMARKS.rglob("*") if path.suffix in (".csv", ".md", ".png")]
+    assert results
+    assert {path.parent for path in results} <= {room / "results" for room in rooms}
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap over ranks, as the benchmark's main has it
@@ -120,7 +165,7 @@ def test_latency_is_launch_and_hops_and_bytes():
     ],
 )
 def test_a_capacity_pays_from_as_many_ranks_on_as_the_documentation_says(scores, gamma, first):
-    with (RESULTS / "coordination_straggler.csv").open() as file:
+    with (RESULTS / "straggler.csv").open() as file:
         rows = [
             row
             for row in csv.DictReader(file)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from esam_dist.config import Config, Train
 from esam_dist.data.order import Order, mix, permutation, share
-from esam_dist.train import TrainState, final_step
+from esam_dist.progress import Progress
+from esam_dist.train import final_step
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -69,7 +70,7 @@ def test_to_the_end_of_training_all_ranks_take_the_same_number_of_full_batches_a
     taken = []
     for rank in range(world_size):
         # As the training loop has it: each rank counts for itself, and asks when the last step is only once.
-        state = TrainState(samples_seen=samples_seen)
+        state = Progress(samples=samples_seen)
         last_step = final_step(cfg, state, order.num_samples, world_size * batch_size)
         batches = order.batches(samples_seen, batch_size=batch_size, rank=rank, world_size=world_size)
         taken.append([draw.ids.tolist() for draw in islice(batches, last_step)])

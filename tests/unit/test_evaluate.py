@@ -33,26 +33,26 @@ class Summed(Ranks):
 def test_accuracy_top5_and_loss_are_counted_by_hand():
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3]] * 4)
     labels = torch.tensor([0, 4, 5, 0])
-    score = evaluate(nn.Identity(), Given(logits, labels, 3), Ranks())
-    assert score.accuracy == 0.5
-    assert score.top5_accuracy == 0.75
-    assert score.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-6)
-    assert score.num_samples == 4
+    found = evaluate(nn.Identity(), Given(logits, labels, 3), Ranks())
+    assert found.accuracy == 0.5
+    assert found.top5_accuracy == 0.75
+    assert found.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-6)
+    assert found.num_samples == 4
 
 
 def test_with_fewer_than_five_classes_every_label_is_among_the_top_five():
-    score = evaluate(nn.Identity(), Given(torch.eye(3), torch.tensor([0, 0, 0]), 2), Ranks())
-    assert score.accuracy == pytest.approx(1 / 3)
-    assert score.top5_accuracy == 1.0
+    found = evaluate(nn.Identity(), Given(torch.eye(3), torch.tensor([0, 0, 0]), 2), Ranks())
+    assert found.accuracy == pytest.approx(1 / 3)
+    assert found.top5_accuracy == 1.0
 
 
 def test_sums_of_other_ranks_are_part_of_every_share():
-    score = evaluate(nn.Identity(), Given(torch.eye(6)[:2], torch.tensor([0, 1]), 2), Summed(world_size=2))
-    assert (score.accuracy, score.top5_accuracy, score.num_samples) == (5 / 8, 6 / 8, 8)
+    found = evaluate(nn.Identity(), Given(torch.eye(6)[:2], torch.tensor([0, 1]), 2), Summed(world_size=2))
+    assert (found.accuracy, found.top5_accuracy, found.num_samples) == (5 / 8, 6 / 8, 8)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_network_is_scored_in_evaluation_mode_and_left_as_it_was(training):
+def test_the_network_is_evaluated_in_evaluation_mode_and_left_as_it_was(training):
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)).train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     data = Given(torch.randn(8, 6), torch.arange(8) % 6, 4)
@@ -72,7 +72,7 @@ class Remembering(nn.Module):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_over_all_ranks_every_sample_is_scored_exactly_once(digits, world_size):
+def test_over_all_ranks_every_sample_is_counted_exactly_once(digits, world_size):
     cfg = config.Data(path=digits, batch_size=64, workers=0, image_size=16)
     model, counted = Remembering(), []
     for rank in range(world_size):

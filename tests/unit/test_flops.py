@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.flop_counter import flop_counter
+from benchmarks.counters.flops import flop_counter
 from esam_dist import swp
 from esam_dist.clock import PhaseClock
 from esam_dist.coordinate import Coordination

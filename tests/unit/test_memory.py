@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.live_bytes import LiveBytes
+from benchmarks.counters.live_bytes import LiveBytes
 from esam_dist import swp
 from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch

@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry
 
 from esam_dist import config
 from esam_dist.errors import UserError
-from esam_dist.metrics import Metrics, Standing, TrainRow, ValidationRow, jsonl, rewind
+from esam_dist.metrics import Metrics, TrainRow, ValidationRow, jsonl, rewind
 from esam_dist.metrics.prometheus import HISTORY, PHASES, REASONS, names
+from esam_dist.progress import Progress
 
 ROW = TrainRow(
     step=10,
@@ -41,7 +42,7 @@ VALIDATION = ValidationRow(step=10, epoch=0.5, accuracy=0.9, top5_accuracy=0.99,
 DESIGN_KEYS = ["kind", "step", "epoch", "loss", "lr", "grad_norm", "sharpness", "kept_fraction", "images_per_second"]
 
 
-BEGINNING = Standing(planned_steps=100)
+BEGINNING = Progress(planned_steps=100)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -52,7 +53,7 @@ def build(folder, rank=0, standing=BEGINNING, **cfg):
         rank=rank,
         local_rank=rank,
         world_size=2,
-        standing=standing,
+        progress=standing,
         run_info={"model": "cifar_resnet8", "method": "esam"},
         registry=CollectorRegistry(),
     )
@@ -119,12 +120,12 @@ def test_reasons_are_those_of_the_documentation_and_of_the_code():
 
 
 def test_what_earlier_processes_did_is_known_at_once_on_rank_0_and_on_others_when_the_ranks_have_met(tmp_path):
-    standing = Standing(planned_steps=100, step=9, samples=1000, restarts=3, not_finite=1)
-    first, second = build(tmp_path, standing=standing), build(tmp_path, rank=1, standing=None)
+    progress = Progress(planned_steps=100, step=9, samples=1000, restarts=3, not_finite=1)
+    first, second = build(tmp_path, standing=progress), build(tmp_path, rank=1, standing=None)
     told = [*HISTORY, "esam_planned_steps", "esam_step"]
     assert [first.registry.get_sample_value(name) for name in told] == [3, 1, 100, 9]
     assert [second.registry.get_sample_value(name) for name in told] == [None] * 4
-    second.take_up(standing)
+    second.take_up(progress)
     assert [second.registry.get_sample_value(name) for name in told] == [3, 1, 100, 9]
     for metrics in (first, second):
         metrics.train(ROW)

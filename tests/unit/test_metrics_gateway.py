@@ -6,7 +6,8 @@ import pytest
 
 from esam_dist import config
 from esam_dist.errors import UserError
-from esam_dist.metrics import Metrics, Standing
+from esam_dist.metrics import Metrics
+from esam_dist.progress import Progress
 from tests.commands import free_port
 
 
@@ -18,7 +19,7 @@ def build(folder, **cfg):
         local_rank=0,
         world_size=1,
         run_info={},
-        standing=Standing(planned_steps=100),
+        progress=Progress(planned_steps=100),
     )
 
 
@@ -43,7 +44,7 @@ def test_every_sink_is_closed_whatever_another_one_raises(tmp_path, monkeypatch)
         raise RuntimeError("no room on the disk")
 
     metrics = build(tmp_path, port=free_port(), tensorboard=True)
-    server, lines = metrics._server, metrics._lines
+    server, lines = metrics._server, metrics._rows
     monkeypatch.setattr(metrics._board, "close", refuse)
     monkeypatch.setattr(metrics, "_push", refuse)
     monkeypatch.setattr(metrics, "_cfg", config.Metrics(gateway="http://127.0.0.1:9"))

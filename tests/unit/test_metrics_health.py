@@ -11,8 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from esam_dist import config
 from esam_dist.errors import UserError
-from esam_dist.metrics import Metrics, Standing
+from esam_dist.metrics import Metrics
 from esam_dist.metrics.health import Pulse, Server
+from esam_dist.progress import Progress
 
 
 def get(port, path, host="127.0.0.1", method="GET"):
@@ -142,7 +143,7 @@ def test_endpoint_lives_until_close(tmp_path):
         local_rank=0,
         world_size=1,
         run_info={},
-        standing=Standing(planned_steps=1),
+        progress=Progress(planned_steps=1),
     )
     assert "esam_planned_steps 1.0" in get(port, "/metrics")[1]
     metrics.close()

@@ -1,86 +1,47 @@
-"""What the README says of keys, costs, commands and files is true; `make readme` writes its tables."""
+"""What the pages say of keys, costs, commands and files is true."""
 
-import csv
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from docs import tables
 from esam_dist import config
 from esam_dist.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks/results"
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md")]
-
-
-def keys():
-    """The keys as a table, in the order of the config."""
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    for key, (default, text) in config.keys().items():
-        meaning = " ".join(text.split()).replace("|", "\\|")
-        rows.append(f"| `{key}` | {f'`{default}`' if default else ''} | {meaning} |")
-    return "\n".join(rows) + "\n"
-
-
-def costs():
-    """What a step of each mode costs, as `benchmarks/step_cost.py` has measured it."""
-    measured, few, before = measured_costs("cpu"), measured_costs("cpu_goals"), measured_costs("torch_2_15")
-    rows = [
-        "| mode | FLOPs / SGD | time / SGD | time, six modes | peak memory above SGD | ViT-S/16: FLOPs | time |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (model, mode), row in measured.items():
-        if model == "resnet50":
-            vit = before["vit_small", mode]
-            memory = f"{int(row['extra_memory_bytes']) / 2**20:+.0f} MiB"
-            other = f"{float(vit['flop_ratio']):.2f} | {float(vit['wall_median']):.2f}"
-            times = f"{spread(row)} | {spread(few.get((model, mode)))}"
-            rows.append(f"| {mode} | {float(row['flop_ratio']):.2f} | {times} | {memory} | {other} |")
-    return "\n".join(rows) + "\n"
-
-
-def measured_costs(name):
-    """The results called `name`, by network and mode."""
-    with (RESULTS / f"step_cost_{name}.csv").open(newline="") as file:
-        return {(row["model"], row["mode"]): row for row in csv.DictReader(file)}
-
-
-def spread(row):
-    """Median and quartiles of the time; empty where nothing was measured."""
-    return f"{float(row['wall_median']):.2f} ({float(row['wall_q1']):.2f}-{float(row['wall_q3']):.2f})" if row else ""
-
-
-TABLES = {"keys": keys, "costs": costs}
-
-
-def parts(name, text):
-    """What stands before, in and after a table of the README."""
-    before, begin, rest = text.partition(f"<!-- {name}: `python -m tests.unit.test_readme` writes this table -->\n")
-    inside, end, after = rest.partition(f"<!-- end of {name} -->")
-    assert begin, f"no table of {name}"
-    assert end, f"no end of {name}"
-    return before + begin, inside, end + after
+PAGES = tables.pages()
 
 
 def commands():
-    """Every `esam-dist ...` and `-m esam_dist ...` in the README's blocks, as arguments."""
-    for block in re.findall(r"^```\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE):
+    """Every `esam-dist ...` and `-m esam_dist ...` in the blocks of the pages, as arguments."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             _, found, arguments = re.sub(r"(-m|--module) esam_dist ", "esam-dist ", line).partition("esam-dist ")
             if found:
-                yield shlex.split(arguments, comments=True)
+                yield shlex.split(re.split(r" [|>] ", arguments)[0], comments=True)
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_table_is_what_is_configured_and_measured(name):
-    assert parts(name, README.read_text())[1] == TABLES[name](), "run `make readme`"
+def anchors(page):
+    """What a link can name in a page: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_what_is_configured_and_measured(page):
+    assert page.read_text() == tables.fill(page.read_text()), "run `make tables`"
+
+
+def test_every_table_has_one_place():
+    places = [found[2] for page in PAGES for found in tables.PLACE.finditer(page.read_text())]
+    assert sorted(places) == sorted(tables.TABLES)
 
 
 @pytest.mark.parametrize("arguments", list(commands()), ids=" ".join)
-def test_every_command_of_the_readme_is_understood(arguments):
+def test_every_command_of_the_pages_is_understood(arguments):
     args = _parser().parse_args(arguments)
     if arguments[0] == "train":
         config.load(ROOT / args.config, args.overrides)
@@ -88,12 +49,8 @@ def test_every_command_of_the_readme_is_understood(arguments):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_to_a_file_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
         if "://" not in target:
-            assert (page.parent / target).exists(), target
-
-
-if __name__ == "__main__":
-    for name, table in TABLES.items():
-        before, _, after = parts(name, README.read_text())
-        README.write_text(before + table() + after)
+            there = page.parent / target if target else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), f"{target}#{anchor}"

@@ -36,6 +36,8 @@ def opened(digits, stream, count=20):
         'pipe:curl -H "X-Auth-Token: s3cr-t" https://host/a-{0..3}.tar',
         "pipe:curl -u me:s3cr-t https://host/a-{0..3}.tar",
         "pipe:AWS_SECRET_ACCESS_KEY=s3cr-t aws s3 cp s3://bucket/a.tar -",
+        "pipe:AWS_SECRET_ACCESS_KEY='s3cr-t' aws s3 cp s3://bucket/a.tar -",
+        "pipe:curl -H \"Authorization: 'Bearer s3cr-t'\" https://host/a.tar",
     ],
 )
 def test_what_looks_like_a_secret_is_refused_and_not_repeated(stream):
@@ -52,6 +54,8 @@ def test_what_looks_like_a_secret_is_refused_and_not_repeated(stream):
         "https://me:${PASSWORD}@host/a.tar",
         "pipe:curl -H 'Authorization: Bearer ${TOKEN}' https://host/a-{0..3}.tar",
         'pipe:curl -H "Authorization: Bearer $TOKEN" https://host/a-{0..3}.tar',
+        "pipe:curl -H \"Authorization: 'Bearer $TOKEN'\" -H 'X-Token: '\"$X\" https://host/a-{0..3}.tar",
+        "pipe:AWS_SECRET_ACCESS_KEY='${KEY}' TOKEN=\"$T\" aws s3 cp s3://bucket/a.tar -",
         "pipe:curl -u ${ME}:${PASSWORD} https://host/a-{0..3}.tar",
         "s3://bucket/tokenized:v2/author=me/a-{0..3}.tar",
         "pipe:ssh me@host cat /data/a-{0..3}.tar",

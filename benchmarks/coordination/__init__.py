@@ -1,0 +1,1 @@
+"""What it costs, and what it changes, to choose samples among all ranks: a simulation."""

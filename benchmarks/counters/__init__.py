@@ -1,0 +1,1 @@
+"""Instruments that both the tests and the benchmarks read: floating-point operations, and bytes alive."""

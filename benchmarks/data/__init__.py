@@ -1,0 +1,1 @@
+"""How fast images become batches, and how well they are shuffled."""

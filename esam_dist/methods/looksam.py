@@ -1,0 +1,58 @@
+"""LookSAM (Liu et al. 2022, arXiv 2203.02714, Algorithm 1). Cost: 1 + 1 / interval of SGD."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from esam_dist.methods.method import Faults, Setup, Sharp
+from esam_dist.section import Count, NonNegative
+from esam_dist.step import Moment, Step
+from esam_dist.step.vector import TINY
+
+
+class LookSAM(Sharp):
+    """SAM every k-th update; in between, the part of it that leads to flat regions is used again."""
+
+    name: Literal["looksam"] = "looksam"
+    interval: Count = 5
+    """Every k-th update is perturbed, the others reuse its flat part."""
+    alpha: NonNegative = 0.2
+    """Weight of the reused part."""
+
+    def is_sharp(self, moment: Moment) -> bool:
+        """Between two perturbations too."""
+        return super().is_sharp(moment._replace(update=0))
+
+    def __call__(self, step: Step) -> None:
+        """The flat part (equation 5) is that of the perturbed gradient which is orthogonal to the clean one."""
+        clean = step.gradient(fill=True)
+        flat = step.state.recall("flat")
+        if step.moment.update % self.interval and flat is not None:
+            ratio = clean.dot(clean).sqrt() / flat.dot(flat).sqrt().clamp_min(TINY)
+            step.average(clean + flat * (self.alpha * ratio))
+            return
+        with step.at(step.along(clean, self.rho), keep=True):
+            sharp = step.gradient(clean)
+        flat = sharp - clean * (clean.dot(sharp) / clean.dot(clean).clamp_min(TINY))
+        # An overflow in float16 costs one update, not all until the next perturbation.
+        step.state.remember("flat", step.mean_over_ranks(flat.clear_()))
+        step.average(sharp)
+
+    def needs(self) -> set[str]:
+        """See `Method`."""
+        return super().needs() | {"memory"}
+
+    def faults(self, setup: Setup) -> Faults:
+        """See `Method`."""
+        return [
+            *super().faults(setup),
+            (
+                self.interval == 1,
+                "method.name = looksam reuses a direction between perturbations: give method.interval > 1, such as 5",
+            ),
+            (
+                setup.accumulate > 1 or self.group_size > 0,
+                "method.name = looksam remembers one flat part per update: it needs train.accumulate = 1 and "
+                "method.group_size = 0",
+            ),
+        ]

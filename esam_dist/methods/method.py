@@ -1,0 +1,128 @@
+"""What every method is: a section of the configuration that can be called with a step."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, model_serializer, model_validator
+from torch import nn
+
+from esam_dist.schedule import Schedule
+from esam_dist.section import Count, Radius, Section, UpToOne
+from esam_dist.step import Moment, Step
+
+Faults = list[tuple[bool, str]]
+"""Whether a combination of keys is refused, and the words."""
+
+
+class Setup(NamedTuple):
+    """What else is configured that a method has to go together with."""
+
+    batch_size: int
+    """Per rank and micro-batch."""
+    accumulate: int
+    """Micro-batches per update."""
+    momentum: float
+    """The optimizer's."""
+
+
+class Method(Section):
+    """`method(step)` gives the engine the gradient of one update, by the verbs of `Step`."""
+
+    name: str
+
+    def __call__(self, step: Step) -> None:
+        """A step of the base optimizer alone, which is also what every method does out of its phase."""
+        step.descend()
+
+    def is_sharp(self, moment: Moment) -> bool:  # noqa: ARG002
+        """Whether the update at `moment` is a sharpness-aware one."""
+        return False
+
+    def values(self, moment: Moment) -> dict[str, float]:  # noqa: ARG002
+        """What the schedules say at `moment`, by key: `rho`, `beta`, `gamma` where the method has them."""
+        return {}
+
+    def needs(self) -> set[str]:
+        """What not every engine can do, of the names in `methods.needs`."""
+        return set()
+
+    def faults(self, setup: Setup) -> Faults:  # noqa: ARG002
+        """Combinations that make no sense, in an order that does not depend on `config`."""
+        return []
+
+    def prepare(self, module: nn.Module) -> None:
+        """Called before the first pass. Raises UserError for a network that the method cannot train."""
+
+    def num_groups(self, batch_size: int) -> int:  # noqa: ARG002
+        """Into how many parts a batch is divided, each with a perturbation of its own."""
+        return 1
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a backward pass ends at a cut, so that the network is to be compiled by blocks."""
+        return False
+
+
+class Phase(Section):
+    """The part of the training in which a method is sharpness-aware, in shares of the whole."""
+
+    from_: Annotated[UpToOne, Field(alias="from")] = 0.0
+    to: UpToOne = 1.0
+
+    def plain(self) -> dict[str, float]:
+        """The form that a config file holds."""
+        return {"from": self.from_, "to": self.to}
+
+    @model_serializer
+    def _serialized(self) -> dict[str, float]:
+        return self.plain()
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Phase:
+        if not self.from_ < self.to:
+            raise ValueError(f"from = {self.from_:g} is not before to = {self.to:g}; give shares with from < to")
+        return self
+
+
+class Sharp(Method):
+    """Keys that all sharpness-aware methods share."""
+
+    rho: Radius = Schedule.constant(0.05)
+    """Radius of the perturbation (L2 norm). A number, `[[epoch, value], ...]`, or `{from, to, epochs}`; so also `beta`
+    and `gamma`."""
+    phase: Phase = Phase()
+    """`{from, to}`: shares of the training between which updates are sharpness-aware; plain ones before and behind.
+    `{from: 0.4, to: 1}` is late SAM."""
+    interval: Count = 1
+    """Every k-th update is sharpness-aware, the others plain."""
+    group_size: Annotated[int, Field(ge=0)] = 0
+    """m of m-sharpness: samples that share a perturbation, and a selection; 0: the rank's batch."""
+
+    def is_sharp(self, moment: Moment) -> bool:
+        """Within the phase, on turn, and with a radius."""
+        behind = moment.share >= self.phase.to and self.phase.to < 1.0
+        in_phase = self.phase.from_ <= moment.share and not behind
+        return in_phase and moment.update % self.interval == 0 and self.rho(moment.epoch) > 0.0
+
+    def values(self, moment: Moment) -> dict[str, float]:
+        """See `Method`."""
+        return {"rho": self.rho(moment.epoch)}
+
+    def num_groups(self, batch_size: int) -> int:
+        """See `Method`."""
+        return batch_size // self.group_size if self.group_size else 1
+
+    def needs(self) -> set[str]:
+        """See `Method`."""
+        return {"groups"} if self.group_size else set()
+
+    def faults(self, setup: Setup) -> Faults:
+        """See `Method`."""
+        batch = setup.batch_size
+        return [
+            (
+                self.group_size > 0 and batch % self.group_size != 0,
+                f"method.group_size = {self.group_size} does not divide data.batch_size = {batch}",
+            )
+        ]

@@ -1,0 +1,39 @@
+"""Where a run stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Where a run stands; `saved` is, with the engine's and the method's state, all that a checkpoint holds.
+
+    There is no random state in it: data order, augmentation, perturbed weights and dropout are functions of `step` and
+    `samples`.
+    """
+
+    planned_steps: int = 0
+    """Updates of the whole run."""
+    step: int = 0
+    """Updates made."""
+    samples: int = 0
+    """Position in the global sequence of samples, over all ranks."""
+    sharp_updates: int = 0
+    """Of the updates made, the sharpness-aware ones."""
+    restarts: int = 0
+    """Starts after the first, that of this process included."""
+    not_finite: int = 0
+    """Earlier processes that ended because the loss was not finite."""
+
+    def saved(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"step": self.step, "samples_seen": self.samples, "sharp_updates": self.sharp_updates}
+
+    @staticmethod
+    def of(saved: dict[str, Any] | None) -> Progress:
+        """From `saved`; the beginning for None. Checkpoints of earlier versions hold more, or less."""
+        if saved is None:
+            return Progress()
+        return Progress(step=saved["step"], samples=saved["samples_seen"], sharp_updates=saved.get("sharp_updates", 0))

@@ -1,0 +1,43 @@
+"""What every section of the configuration is made of: the base class, and the kinds of value that keys hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from esam_dist.schedule import Schedule
+
+
+def _shares(schedule: Schedule) -> Schedule:
+    for value in schedule.values():
+        if not 0.0 < value <= 1.0:
+            raise ValueError(f"{value:g} is out of range; give a share in (0, 1]")
+    return schedule
+
+
+def _radii(schedule: Schedule) -> Schedule:
+    for value in schedule.values():
+        if value < 0.0:
+            raise ValueError(f"{value:g} is negative; give a radius >= 0")
+    return schedule
+
+
+Count = Annotated[int, Field(ge=1)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0.0)]
+NonNegative = Annotated[Real, Field(ge=0.0)]
+BelowOne = Annotated[Real, Field(ge=0.0, lt=1.0)]
+UpToOne = Annotated[Real, Field(ge=0.0, le=1.0)]
+Folder = Annotated[Path, Field(strict=False)]
+Share = Annotated[Schedule, AfterValidator(_shares)]
+Radius = Annotated[Schedule, AfterValidator(_radii)]
+
+
+class Section(BaseModel):
+    """One section of the file: unknown keys are refused, text is not taken for a number."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), use_attribute_docstrings=True
+    )

@@ -1,0 +1,53 @@
+"""BatchNorm's running statistics: they move once per update, at the unperturbed weights, whatever passes it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
+    """Forward passes inside the block leave BatchNorm's running statistics alone, and still normalise by the batch.
+
+    A momentum of 0 would not do: for a batch that is not finite it multiplies 0 by nan.
+    """
+    norms = [
+        child
+        for child in module.modules()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training and child.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class GroupStatistics:
+    """Running statistics of groups that share an update, as if each group were on a rank of its own.
+
+    Every group begins at the same start, and the ends are averaged. So the statistics do not depend on how the groups
+    are spread over ranks.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = list(module.buffers())
+        self._start = [buffer.clone() for buffer in self._buffers]
+        self._ends: list[list[Tensor]] = []
+
+    def end_group(self) -> None:
+        """Note the statistics after one group, and return to the start for the next."""
+        self._ends.append([buffer.clone() for buffer in self._buffers])
+        for buffer, start in zip(self._buffers, self._start, strict=True):
+            buffer.copy_(start)
+
+    def finish(self) -> None:
+        """Set the statistics to the mean over the groups, and a count of batches to that of a single group."""
+        for buffer, *ends in zip(self._buffers, *self._ends, strict=True):
+            buffer.copy_(torch.stack(ends).mean(0) if buffer.is_floating_point() else ends[0])
