@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -65,11 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         status = args.run(args) or 0
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank > 0:
-            # Most errors are alike on all ranks: let rank 0 say it once, before its launcher ends us all.
-            time.sleep(2.0)
-        print(f"esam-dist: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        launch.mistake.say(error)
         status = USER_ERROR
     sys.exit(status)
 
@@ -115,6 +110,7 @@ def _train(args: argparse.Namespace) -> int:
     cfg = config.load(args.config, args.overrides)
     ranks = Ranks.from_environment()
     stop_requested = _catch_signals()
+    launch.lifeline.hold()
     # All that the user can get wrong is found here, before the ranks meet.
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)

@@ -7,6 +7,7 @@ buffers.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esam_dist.errors import UserError, printable
+
 T = TypeVar("T")
 CPU = torch.device("cpu")
+MANY = 10**9 - 1
+REMEDY = "start ranks by torchrun, deepspeed or `esam-dist launch`; for one process alone unset RANK and all its like"
 
 
 @dataclass
@@ -64,10 +69,25 @@ class Ranks:
 
     @staticmethod
     def from_environment() -> Ranks:
-        """Read RANK, LOCAL_RANK and WORLD_SIZE, set by torchrun or deepspeed; without them this is the only process."""
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        return Ranks(int(os.environ.get("RANK", "0")), local_rank, int(os.environ.get("WORLD_SIZE", "1")), device)
+        """Read RANK, LOCAL_RANK and WORLD_SIZE, set by torchrun or deepspeed; without them this is the only process.
+
+        Raises UserError for what no launcher sets.
+        """
+        world_size, rank, local_rank = 1, 0, 0
+        if any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+            world_size = _number("WORLD_SIZE", 1, MANY)
+            rank = _number("RANK", 0, world_size - 1)
+            # A launcher of one rank per node may leave it out.
+            local_rank = _number("LOCAL_RANK", 0, world_size - 1) if "LOCAL_RANK" in os.environ else 0
+        if world_size > 1:
+            _check_meeting_point()
+        if not torch.cuda.is_available():
+            return Ranks(rank, local_rank, world_size, CPU)
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK = {local_rank}: this node has {torch.cuda.device_count()} GPUs; start no more ranks on it"
+            )
+        return Ranks(rank, local_rank, world_size, torch.device("cuda", local_rank))
 
     @staticmethod
     def of_process_group(device: torch.device) -> Ranks:
@@ -85,9 +105,10 @@ class Ranks:
         """Begin to collect every rank's `tensor`: `wait` returns [W, *tensor.shape], in the order of ranks."""
         if self.world_size == 1:
             return Pending(tensor.unsqueeze(0), None)
-        # Flat, because gloo takes only the concatenated form; nccl takes either.
+        # Flat, because gloo takes only the concatenated form; nccl takes either. The old name warns in recent versions.
         gathered = tensor.new_empty(self.world_size * tensor.numel())
-        work = dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), async_op=True)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(gathered, tensor.contiguous().view(-1), async_op=True)
         return Pending(gathered.view(self.world_size, *tensor.shape), work)
 
     def sum_later(self, tensor: Tensor) -> Pending:
@@ -144,6 +165,25 @@ class Ranks:
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         if self.world_size > 1 and buffers:
             torch._foreach_copy_(buffers, self.average(buffers))
+
+
+def _number(name: str, least: int, most: int) -> int:
+    """The environment variable `name` of a launcher's, from `least` to `most`. Raises UserError."""
+    text = os.environ.get(name)
+    if text is None:
+        raise UserError(f"{name} is not set, but others are that a launcher sets; {REMEDY}")
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        limits = f"from {least} to {most}" if most < MANY else f"of {least} or more"
+        raise UserError(f"{name} = {printable(text[:40])!r}: must be a whole number {limits}; {REMEDY}")
+    return int(text)
+
+
+def _check_meeting_point() -> None:
+    """Raise UserError where the ranks are not told how to meet."""
+    if not os.environ.get("MASTER_ADDR", "").strip():
+        raise UserError(f"MASTER_ADDR is empty or not set: it is the host of rank 0; {REMEDY}")
+    # In a pod of Kubernetes it may be the address of a Service of the name `master`: enableServiceLinks is for that.
+    _number("MASTER_PORT", 1, 65535)
 
 
 def limit_group(group: dist.ProcessGroup, timeout_seconds: float) -> None:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from esam_dist.engine.state import initial_state, load_by_name, model_state, momentum_key, momentum_of, state_by_name
@@ -53,13 +54,14 @@ def initialize(
         # A C++ extension for all-reduce on one host's CPUs: a minute of compiling, by all ranks at once, for a
         # path that only tests and trials take.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Finds the process group that is already there, and makes one for a process alone.
-    deepspeed.init_distributed(
-        dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
-        verbose=False,
-        auto_mpi_discovery=False,
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        # A process alone: without a group, and without what a launcher sets, DeepSpeed does not work.
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it only where it is distributed
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(ranks.local_rank))
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)
     # ZeRO calls every optimizer but its own untested; our tests are what tests SGD and AdamW under it.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class Job:
     def compared(self) -> bool:
         """Whether the nodes compare versions and configurations first (elsewhere the rendezvous' name differs)."""
         return (self.launcher == "torchrun" and self.fixed) or not self.ssh
+
+    @property
+    def meeting_point(self) -> str:
+        """HOST:PORT, an IPv6 address in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def several_nodes(self) -> bool:
@@ -186,10 +192,21 @@ def _slots(path: Path) -> list[int]:
 
 
 def _rendezvous(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":") if ":" in text else (text, "", str(PORT))
-    if not port.isdigit() or not 0 < int(port) < 65536 or (text and not host):
-        raise UserError(f"--rendezvous {text}: give HOST or HOST:PORT of node 0")
-    return host, int(port)
+    """Host and port. An IPv6 address stands in brackets, which only without a port may be left out."""
+    if not text or _is_ipv6(text):
+        return text, PORT
+    match = re.fullmatch(r"(\[(?P<address>.*)\]|(?P<name>[^\[\]:\s]+))(:(?P<port>[0-9]{1,5}))?", text)
+    known = match is not None and (match["name"] is not None or _is_ipv6(match["address"]))
+    if match is None or not known or not 0 < int(match["port"] or PORT) < 65536:
+        raise UserError(f"--rendezvous {text}: give HOST or HOST:PORT of node 0; an IPv6 address as [ADDRESS]:PORT")
+    return match["name"] or match["address"], int(match["port"] or PORT)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(text))
+    except ValueError:
+        return False
 
 
 def _default_ranks(launcher: str) -> int:

@@ -74,10 +74,10 @@ def check_rendezvous_port(job: Job) -> None:
     # An agent without a number may be the second on this machine: it joins the first one's rendezvous.
     if error is None or (job.launcher == "torchrun" and job.node_rank is None and _is_rendezvous(job)):
         return
-    given = f"--rendezvous {job.host}:{job.port}" if job.host else f"port {job.port}"
+    given = f"--rendezvous {job.meeting_point}" if job.host else f"port {job.port}"
     raise UserError(
         f"{given}: cannot be opened here, where the nodes or ranks meet ({error.strerror}); choose another by "
-        f"--rendezvous {job.host or '127.0.0.1'}:PORT"
+        f"--rendezvous {job.meeting_point.rpartition(':')[0] or '127.0.0.1'}:PORT"
     )
 
 

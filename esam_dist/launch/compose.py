@@ -61,7 +61,7 @@ def torchrun(job: Job, logs: Path, facts: dict[str, str]) -> list[str]:
         words += [f"--master-addr={job.host}", f"--master-port={job.port}"]
     else:
         nodes = f"{job.min_nodes}:{job.max_nodes}" if job.elastic else str(job.max_nodes)
-        words += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={job.host}:{job.port}"]
+        words += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={job.meeting_point}"]
         words += [f"--rdzv-id={meeting_name(job, facts)}"]
         if job.node_rank is not None:
             words += [f"--rdzv-conf=is_host={job.node_rank == 0}"]

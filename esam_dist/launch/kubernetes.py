@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from esam_dist.errors import UserError
 from esam_dist.launch.arguments import Job
 from esam_dist.launch.sizes import Sizes, resize
 
-FOLDER = Path(__file__).resolve().parents[2] / "launch" / "kubernetes"
+
+def manifests() -> Path:
+    """The folder of manifests: in a wheel it lies within this package, in a source tree it is launch/kubernetes."""
+    package = Path(str(resources.files("esam_dist.launch")))
+    installed = package / "files"
+    return (installed if installed.is_dir() else package.parents[1] / "launch") / "kubernetes"
 
 
 def render(args: argparse.Namespace, job: Job, cfg: config.Config) -> str:
@@ -68,10 +74,11 @@ _Blocks.add_representer(
 
 
 def _find(overlay: str) -> Path:
-    for folder in (FOLDER / "overlays" / overlay, FOLDER / overlay, Path(overlay)):
+    ours = manifests()
+    for folder in (ours / "overlays" / overlay, ours / overlay, Path(overlay)):
         if (folder / "kustomization.yaml").is_file():
             return folder.resolve()
-    if not FOLDER.is_dir():
-        raise UserError(f"--overlay {overlay}: not a folder with a kustomization.yaml, and {FOLDER} is not there")
-    known = sorted(path.name for path in (FOLDER / "overlays").iterdir())
+    if not ours.is_dir():
+        raise UserError(f"--overlay {overlay}: not a folder with a kustomization.yaml, and {ours} is not there")
+    known = sorted(path.name for path in (ours / "overlays").iterdir())
     raise UserError(f"--overlay {overlay}: is none of {', '.join(known)}, and no folder with a kustomization.yaml")

@@ -37,7 +37,7 @@ def compare(job: Job, facts: dict[str, str], seconds: float = SECONDS) -> None:
     except (DistError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(
-            f"--rendezvous {job.host}:{job.port}: the {job.max_nodes} nodes did not meet within {seconds:g} s "
+            f"--rendezvous {job.meeting_point}: the {job.max_nodes} nodes did not meet within {seconds:g} s "
             f"({reason}); start this command on every node, each with its own --node-rank"
         ) from None
     for node, theirs in enumerate(told):

@@ -77,7 +77,7 @@ def start_torchrun(wanted: Job, words: list[str]) -> int:
         log.error("rank %d ended with exit status %d; its log says why", rank, failure.exitcode)
         return _status(failure.exitcode)
     except (RendezvousError, DistError) as error:
-        log.error("the rendezvous at %s:%d failed: %s", wanted.host, wanted.port, rendezvous.explained(error))
+        log.error("the rendezvous at %s failed: %s", wanted.meeting_point, rendezvous.explained(error))
         return LOST
     except SignalException as error:
         return 128 + error.sigval

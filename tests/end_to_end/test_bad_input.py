@@ -111,6 +111,8 @@ def test_more_ranks_than_samples(start, monkeypatch):
     # A rank that went on to meet the 99 others would wait for half an hour.
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "100")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert_refused(start("data.batch_size=1"), "100 ranks", "80", "fewer ranks")
 
 

@@ -74,6 +74,11 @@ def test_pods_keep_the_restricted_profile(overlay):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_service_of_the_namespace_sets_variables_of_a_pod(overlay):
+    assert pod_template(overlay)["spec"]["enableServiceLinks"] is False
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_probes_ask_the_health_endpoint_and_grace_covers_the_checkpoint(overlay):
     template = pod_template(overlay)
     container = template["spec"]["containers"][0]

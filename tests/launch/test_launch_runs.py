@@ -1,7 +1,9 @@
 """`esam-dist launch` on this machine: real ranks under torchrun and deepspeed."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,7 @@ def test_rank_with_loader_processes_stops_with_a_checkpoint(digits, tmp_path):
         until(lambda: " step 6/" in shown.read_text(), 200, "six updates are shown")
         running.terminate()
         assert running.wait(120) == 143, shown.read_text()[-3000:]
+    assert "Warning" not in shown.read_text()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert (tmp_path / f"run/checkpoints/step_{max(row['step'] for row in rows):08d}").is_dir(), shown.read_text()[
         -3000:
@@ -95,3 +98,45 @@ def test_script_for_one_node_trains(script, digits, tmp_path):
         assert running.wait(600) == 0, (tmp_path / "log").read_text()[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(row["samples"] for row in rows if row["kind"] == "train") == 6 * 16 * 2
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_deepspeed_trains_in_a_process_that_no_launcher_started(digits, tmp_path, stage):
+    method = "method.name=sam" if stage == 3 else "method.name=esam"
+    overrides = [f"run.folder={tmp_path / 'run'}", "engine.name=deepspeed", f"engine.zero_stage={stage}", method]
+    words = [sys.executable, "-m", "esam_dist", "train", str(digits / "config.yaml"), *overrides, "train.max_steps=4"]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    # the variable of a Service of the name `master`, in any pod of its namespace
+    env |= {"MASTER_PORT": "tcp://10.0.0.1:80"}
+    done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(row["samples"] for row in rows if row["kind"] == "train") == 4 * 16
+    assert (tmp_path / "run/checkpoints/step_00000004").is_dir()
+
+
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("nodes", ["2", "2:3"], ids=["numbered", "elastic"])
+def test_two_nodes_meet_at_an_ipv6_address(digits, tmp_path, nodes):
+    meeting = f"--rendezvous=[::1]:{free_ports(1)}"
+    overrides = [f"run.folder={tmp_path / 'run'}", "train.max_steps=4"]
+    with contextlib.ExitStack() as stack:
+        running = []
+        for node in range(2):
+            options = [f"--nnodes={nodes}", f"--node-rank={node}", meeting, "--local-addr=::1"]
+            words = [*command(digits, *options, overrides), f"--logs={tmp_path / str(node)}", "--nproc-per-node=1"]
+            running.append(stack.enter_context(started(words, tmp_path / f"log{node}", cwd=ROOT)))
+        statuses = [node.wait(250) for node in running]
+    assert statuses == [0, 0], "".join((tmp_path / f"log{node}").read_text() for node in range(2))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(row["samples"] for row in rows if row["kind"] == "train") == 4 * 16 * 2
