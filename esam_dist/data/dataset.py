@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
-from esam_dist.data.shards import BLOCK, Entries, member_name, read_index
+from esam_dist.data.shards import Entries, read_index
+from esam_dist.data.tar import BLOCK, member_name
 from esam_dist.errors import UserError
 
 DESCRIPTION = "dataset.json"

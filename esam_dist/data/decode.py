@@ -29,6 +29,9 @@ MAX_PIXELS = 100_000_000
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 """Names of files that are taken for images."""
 
+RESOURCE_FORK = "._"
+"""How files begin that macOS puts beside others, under their names."""
+
 Pixels = NDArray[np.uint8]
 
 # One worker process per core: more threads only get in each other's way.

@@ -18,15 +18,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from esam_dist.checksum import sha256
-from esam_dist.errors import UserError, printable
+from esam_dist.data.tar import BLOCK
+from esam_dist.errors import UserError
 
-BLOCK = 512
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
 """Where the image's bytes lie in the tar, their checksum, and the sample's label."""
 
@@ -131,33 +131,6 @@ def read_index(shard: Path) -> tuple[ShardInfo, Entries]:
     return info, entries
 
 
-def members(file: IO[bytes], start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """The files of the tar that lies in `file` from byte `start` to `end` (default: to its end), in order.
-
-    tarfile takes a header that is cut short or damaged for the archive's end; here at least one block of zeros must
-    follow the last member, and nothing else may. Raises tarfile.ReadError, 'cut short or damaged at byte N', before a
-    member that is not there whole, or at the end. `file` may be read from, and moved, in between.
-    """
-    stop = file.seek(0, os.SEEK_END) if end is None else end
-    at = file.seek(start)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None and member.size >= 0 and tar.offset <= stop:
-                at = tar.offset
-                if member.isfile():
-                    yield member
-    except (tarfile.TarError, ValueError):
-        # What is at `at` is not zeros then: it is told below.
-        pass
-    if stop - at < BLOCK or not _is_zeros(file, at, stop):
-        raise tarfile.ReadError(f"cut short or damaged at byte {at}")
-
-
-def member_name(header: bytes) -> str:
-    """The name in a tar header block, safe to print whatever the bytes are."""
-    return printable(header[:100].split(b"\0", 1)[0].decode("ascii", "backslashreplace"))
-
-
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     # TarInfo's defaults (mtime 0, uid 0, mode 644) keep the bytes the same on every machine.
     info = tarfile.TarInfo(name)
@@ -178,9 +151,3 @@ def _headers_match(shard: Path, entries: Entries) -> bool:
             except tarfile.HeaderError:
                 return False
     return True
-
-
-def _is_zeros(file: IO[bytes], start: int, end: int) -> bool:
-    file.seek(start)
-    parts = iter(lambda: file.read(min(1 << 20, end - file.tell())), b"")
-    return not any(part.strip(b"\0") for part in parts)

@@ -12,9 +12,10 @@ import numpy as np
 
 from esam_dist.checksum import sha256
 from esam_dist.data.dataset import DESCRIPTION, SPLITS
-from esam_dist.data.decode import SUFFIXES
+from esam_dist.data.decode import RESOURCE_FORK, SUFFIXES
 from esam_dist.data.prepare.write import list_split, write_description
-from esam_dist.data.shards import ENTRY, Entries, ShardInfo, members, write_index
+from esam_dist.data.shards import ENTRY, Entries, ShardInfo, write_index
+from esam_dist.data.tar import Member, members
 from esam_dist.errors import UserError
 
 _REMEDY = "write the shard again"
@@ -68,7 +69,7 @@ def scan_shard(shard: Path) -> Entries:
 def _take(
     shard: Path,
     file: IO[bytes],
-    member: tarfile.TarInfo,
+    member: Member,
     images: dict[str, tuple[int, int, int]],
     labels: dict[str, int],
 ) -> None:
@@ -76,11 +77,11 @@ def _take(
     if name.is_absolute() or ".." in name.parts:
         raise UserError(f"{shard}: the member {member.name!r} points outside of its folder; {_REMEDY}")
     key, suffix = str(name.with_suffix("")), name.suffix.lower()
-    if suffix not in SUFFIXES | {".cls"}:
+    if suffix not in SUFFIXES | {".cls"} or name.name.startswith(RESOURCE_FORK):
         return
     if key in (labels if suffix == ".cls" else images):
         raise UserError(f"{shard}: the key {key!r} is there twice; {_REMEDY}")
-    file.seek(member.offset_data)
+    file.seek(member.offset)
     data = file.read(member.size)
     if suffix == ".cls":
         label = _LABEL.fullmatch(data)
@@ -88,4 +89,4 @@ def _take(
             raise UserError(f"{shard}: {member.name!r} holds {data[:20]!r}, not a label from 0 to 999999; {_REMEDY}")
         labels[key] = int(label[1])
     else:
-        images[key] = (member.offset_data, member.size, zlib.crc32(data))
+        images[key] = (member.offset, member.size, zlib.crc32(data))

@@ -15,7 +15,7 @@ from typing import IO
 from esam_dist.data.prepare.archives import read_files
 from esam_dist.data.prepare.files import FileSource, Span, class_files, class_folders
 from esam_dist.data.prepare.folders import VALIDATION_NAMES
-from esam_dist.data.shards import members
+from esam_dist.data.tar import Member, members
 from esam_dist.errors import UserError
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -51,7 +51,7 @@ def _train_spans(path: Path) -> dict[str, list[Span]]:
     with path.open("rb") as file:
         for inner in _members(file, path):
             if inner.name.endswith(".tar"):
-                images = _members(file, path, inner.offset_data, inner.offset_data + inner.size)
+                images = _members(file, path, inner.offset, inner.offset + inner.size)
                 found[PurePosixPath(inner.name).stem] = [_span(path, image) for image in images]
     if not found:
         raise UserError(f"--from {path}: holds no archives of classes (n01440764.tar, ...); give the original file")
@@ -72,11 +72,11 @@ def _validation_spans(path: Path, wnids: Sequence[str], truth: list[str]) -> lis
     return [(labels[wnid], _span(path, image)) for wnid, image in zip(truth, images, strict=True)]
 
 
-def _span(path: Path, member: tarfile.TarInfo) -> Span:
-    return Span(path, member.offset_data, member.size, "jpg")
+def _span(path: Path, member: Member) -> Span:
+    return Span(path, member.offset, member.size, "jpg")
 
 
-def _members(file: IO[bytes], path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
+def _members(file: IO[bytes], path: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
     try:
         yield from members(file, start, end)
     except tarfile.ReadError as error:
