@@ -106,6 +106,13 @@ class ImageFile:
         return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
+def check_image(data: bytes) -> None:
+    """Raise SampleError unless all of an image can be decoded as training would decode it."""
+    image = ImageFile(data)
+    # All of it: of a crop, less could be decoded.
+    image.crop(Box(0, 0, image.width, image.height), np.empty((8, 8, 3), np.uint8))
+
+
 def open_image(data: bytes) -> Image.Image:
     """The header of an image file of a format named in SUFFIXES. Raises SampleError, also for more than MAX_PIXELS."""
     with _pillow():

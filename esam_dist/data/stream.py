@@ -28,7 +28,7 @@ from esam_dist.data.fetch import VARIABLE, FetchError, fetch, variables
 from esam_dist.data.order import mix
 from esam_dist.data.raw import AHEAD, MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 from esam_dist.data.samples import View, image_size
-from esam_dist.data.tar import BROKEN, contents
+from esam_dist.data.tar import BROKEN, contents, label_of
 from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
 
@@ -108,13 +108,14 @@ class StreamedBatches(IterableDataset[Raw]):
         return label
 
     def _parts(self, sample: Sample) -> tuple[bytes, int]:
-        text = sample.get("cls", b"").strip()
-        if not text.isdigit() or len(text) > 9 or int(text) >= self._num_classes:
+        text = sample.get("cls", b"")
+        label = label_of(text)
+        if label is None or label >= self._num_classes:
             raise SampleError("label", f"{text[:20]!r} is none of 0 to {self._num_classes - 1}")
         data = next((sample[suffix[1:]] for suffix in sorted(SUFFIXES) if suffix[1:] in sample), None)
         if not data:
             raise SampleError("empty", "holds no image")
-        return data, int(text)
+        return data, label
 
     def _shuffled(self, seed: int) -> Iterator[Sample | Skip]:
         """Samples of shards drawn with replacement, in a buffer's random order; what is lost comes at once.

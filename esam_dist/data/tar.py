@@ -11,6 +11,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import sys
 import tarfile
 import zlib
@@ -28,6 +29,8 @@ _MAX_HEADERS = 8
 """A member has a header of its own, and before it at most a long name, a long link, and two with PAX records."""
 _MAX_TEXT = 1 << 20
 """Bytes of a long name, or of PAX records: paths have thousands, the attributes of files some ten thousands."""
+
+_LABEL = re.compile(rb"\s*0*(\d{1,6})\s*")
 
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
 _FOR_ALL, _FOR_NEXT = tarfile.XGLTYPE, (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -85,6 +88,12 @@ def member_name(header: bytes) -> str:
     return printable(_name(header).decode("ascii", "backslashreplace"))
 
 
+def label_of(text: bytes) -> int | None:
+    """The label that a `.cls` holds; None: it holds no number from 0 to 999999."""
+    found = _LABEL.fullmatch(text)
+    return int(found[1]) if found else None
+
+
 def label_beside(before: bytes, after: bytes) -> bytes | None:
     """The contents of an image's `.cls` that lies right beside it; None: none does.
 
@@ -97,6 +106,11 @@ def label_beside(before: bytes, after: bytes) -> bytes | None:
         if suffix.lower() == b"cls" and stem == key and beside[345:500] == image[345:500]:
             return beside[BLOCK : BLOCK + _size(beside)]
     return None
+
+
+def in_blocks(size: int) -> int:
+    """The bytes that so many take in a tar: whole blocks."""
+    return -(-size // BLOCK) * BLOCK
 
 
 def _next(file: IO[bytes], at: int, stop: int, for_all: Records) -> tuple[Member | None, int] | None:
@@ -115,7 +129,7 @@ def _next(file: IO[bytes], at: int, stop: int, for_all: Records) -> tuple[Member
         if not 0 <= header.size <= min(_MAX_TEXT, stop - at):
             return None
         text = file.read(header.size)
-        at += _blocks(header.size)
+        at += in_blocks(header.size)
         records = _long(header, text) if header.type in (_LONG_NAME, _LONG_LINK) else _pax(text)
         if records is None:
             return None
@@ -139,7 +153,7 @@ def _member(header: tarfile.TarInfo, at: int, stop: int, records: Records) -> tu
         return None
     told = records.get(b"size", b"%d" % header.size)
     size = int(told) if told.isdigit() and len(told) < 20 else -1
-    following = at + _blocks(size)
+    following = at + in_blocks(size)
     if size < 0 or following > stop:
         return None
     name = records[b"path"].decode("utf-8", "surrogateescape") if b"path" in records else header.name
@@ -213,8 +227,3 @@ def _size(header: bytes) -> int:
     digits = header[124:136].strip(b" \0")
     size = int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else 0
     return size if size <= BLOCK else 0
-
-
-def _blocks(size: int) -> int:
-    """Bytes of so many in whole blocks."""
-    return -(-size // BLOCK) * BLOCK

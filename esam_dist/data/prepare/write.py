@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from esam_dist.data.dataset import DESCRIPTION, Description, ListedShard, ListedSplit, SampleError
+from esam_dist.data.open_files import read_regular
 from esam_dist.data.order import mix
 from esam_dist.data.prepare.encode import Encoding
 from esam_dist.data.prepare.processes import results
@@ -29,6 +30,7 @@ from esam_dist.data.shards import (
     Sample,
     ShardInfo,
     finished,
+    parsed,
     read_index,
     write_shard,
     written_beside,
@@ -86,9 +88,9 @@ def _claim(out: Path, fingerprint: dict[str, Any]) -> None:
     for name in (PLAN, DESCRIPTION):
         if (out / name).exists():
             try:
-                held = json.loads((out / name).read_bytes())
+                held = parsed(read_regular(out / name))
                 held = held if name == PLAN else held.get("plan")
-            except (ValueError, AttributeError):
+            except (OSError, ValueError, AttributeError):
                 held = None
             if held != fingerprint:
                 raise UserError(f"OUT = {out}: holds data prepared otherwise ({name}); delete it or choose another")
