@@ -24,6 +24,7 @@ from esam_dist.data.order import mix
 from esam_dist.data.prepare.encode import Encoding
 from esam_dist.data.prepare.processes import results
 from esam_dist.data.prepare.source import Source
+from esam_dist.data.raw import Skip
 from esam_dist.data.shards import (
     PARTIAL,
     Entries,
@@ -127,7 +128,7 @@ def _samples(source: Source, encoding: Encoding, job: Job) -> Iterator[Sample]:
         try:
             image, suffix = encoding(*source.read(job.split, sample))
         except SampleError as bad:
-            log.warning("left out sample %d of %s: %s %s", sample, job.split, bad.reason, bad.detail)
+            log.warning("left out %s", Skip(source.describe(job.split, sample), bad.reason, bad.detail).line())
             continue
         yield Sample(image, suffix, source.labels[job.split][sample])
 
