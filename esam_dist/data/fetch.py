@@ -29,6 +29,7 @@ from typing import IO, cast
 
 from webdataset.gopen import gopen
 
+from esam_dist.data.open_files import is_special
 from esam_dist.data.tar import BROKEN, check_whole
 from esam_dist.errors import printable
 
@@ -140,6 +141,9 @@ def _copy(url: str, file: IO[bytes]) -> None:
         # webdataset itself knows no s3:; the command line tool of the cloud is what its users pipe from.
         _copy_output(f"aws s3 cp {shlex.quote(url)} -", file)
     else:
+        # A named pipe under a shard's name would be waited for, for ever; `pipe:` says that one is meant.
+        if is_special(url.removeprefix("file:")):
+            raise OSError("no regular file")
         with gopen(url) as stream:
             shutil.copyfileobj(stream, file, 1 << 20)
 

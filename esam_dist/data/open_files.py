@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import stat
+import sys
 from os import PathLike
 
 from esam_dist.errors import UserError
@@ -34,14 +35,21 @@ def read_regular(path: str | PathLike[str]) -> bytes:
         return file.read()
 
 
+def is_special(path: str) -> bool:
+    """Whether `path` is there, and neither a file nor a link to one: a pipe, a device, a folder."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
 def num_free() -> int:
     """How many more files this process may open."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
     try:
         return max(0, limit - len(os.listdir("/dev/fd")))
-    except OSError:
-        # Not even that folder can be opened.
-        return 0
+    except OSError as error:
+        # Not even that folder can be opened; or this system has none.
+        return 0 if error.errno in (errno.EMFILE, errno.ENFILE) else limit
 
 
 def check_open_files(workers: int, key: str) -> None:

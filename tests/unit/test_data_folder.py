@@ -61,6 +61,13 @@ def test_resource_forks_and_hidden_files_are_no_images(pets, tmp_path, caplog):
     assert "left out" not in caplog.text
 
 
+def test_images_outside_of_the_class_folders_are_said_to_be_passed_over(pets, tmp_path, caplog):
+    (pets / "stray.jpg").write_bytes(IMAGE)
+    run("folder", tmp_path / "out", "--from", pets, "--workers", 0)
+    check(tmp_path / "out", {"train": [18, 18, 18], "validation": [2, 2, 2]})
+    assert "in no class's folder: stray.jpg" in said(caplog, "passed over")
+
+
 @pytest.mark.parametrize("content", [None, "notes.txt", "._1.jpg"])
 @pytest.mark.parametrize("where", ["", "train", "val"])
 def test_a_class_folder_without_images_is_refused_by_name(tmp_path, content, where):

@@ -1,6 +1,7 @@
 """Indexes and descriptions that lie, or were made to break their reader: one line, and never a wrong label."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from esam_dist.data import open_validation
 from esam_dist.data.dataset import SampleError, open_split
+from esam_dist.data.open_files import check_open_files
 from esam_dist.data.prepare.write import PLAN
 from esam_dist.data.shards import ENTRY
 from esam_dist.errors import UserError
@@ -297,6 +299,16 @@ def test_too_few_open_files_are_one_line_that_says_how_to_have_more(copy, tmp_pa
                     opened(settings(copy, workers=workers))
                 lines.append(str(caught.value))
     assert all("ulimit -n" in line and "\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize("limit", [4096, resource.RLIM_INFINITY])
+def test_where_open_files_cannot_be_counted_or_are_not_limited_nothing_is_refused(monkeypatch, limit):
+    def none_such(path):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+
+    monkeypatch.setattr("os.listdir", none_such)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    check_open_files(2, "data.workers")
 
 
 def test_few_open_files_are_enough_for_many_shards(tmp_path):

@@ -32,8 +32,13 @@ class Listing:
 
     def folders(self, folder: Path) -> tuple[str, ...]:
         """The names of the folders in `folder`, in order. Raises UserError for one that cannot be printed."""
-        entries = [entry for entry in self._entries(folder) if Path(entry.path).is_dir()]
-        names = [entry.name for entry in entries if not self._is_left_behind(entry)]
+        names = []
+        for entry in self._entries(folder):
+            path = Path(entry.path)
+            if path.is_dir():
+                names += [] if self._is_left_behind(entry) else [entry.name]
+            elif path.suffix.lower() in SUFFIXES and not self._is_left_behind(entry):
+                self._pass("in no class's folder", path)
         if strange := [name for name in names if not name.isprintable()]:
             raise UserError(f"--from {folder}: the folder {strange[0]!r} has no name that can be printed; rename it")
         return tuple(names)
