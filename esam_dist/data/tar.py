@@ -104,7 +104,8 @@ def label_beside(before: bytes, after: bytes) -> bytes | None:
     for beside in (after, before if len(before) == 3 * BLOCK else b""):
         stem, _, suffix = _name(beside).rpartition(b".")
         if suffix.lower() == b"cls" and stem == key and beside[345:500] == image[345:500]:
-            return beside[BLOCK : BLOCK + _size(beside)]
+            size = _size(beside)
+            return beside[BLOCK : BLOCK + size] if size <= BLOCK else None
     return None
 
 
@@ -223,7 +224,6 @@ def _name(header: bytes) -> bytes:
 
 
 def _size(header: bytes) -> int:
-    """The size in a header of a member that fits into a block; 0: it does not."""
+    """The size in a header, as far as it is written in octal digits; else more than a block."""
     digits = header[124:136].strip(b" \0")
-    size = int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else 0
-    return size if size <= BLOCK else 0
+    return int(digits, 8) if digits and not digits.strip(b"01234567") else BLOCK + 1

@@ -22,7 +22,7 @@ from esam_dist.data.prepare.write import PLAN
 from esam_dist.data.shards import ENTRY
 from esam_dist.errors import UserError
 from tests.commands import here
-from tests.prepared import class_folders, jpeg, picture, refused, run, tar
+from tests.prepared import check, class_folders, jpeg, picture, refused, run, tar
 from tests.unit.test_data_loader import CPU, batches, settings, train
 
 SHARD = "shard-000001"
@@ -214,6 +214,20 @@ def test_labels_are_compared_on_either_side_of_an_image(tmp_path, label_first, b
             seen.append(sample)
     assert seen == (list(range(8)) if between else [0, 1, 6, 7])
     assert "its images or labels are not those of its index" in refused("verify", tmp_path, "--workers", 0)
+
+
+def test_a_label_of_more_than_a_block_is_not_compared_with_a_part_of_it(tmp_path):
+    members = {
+        "a.jpg": jpeg(picture(0, 0)),
+        "a.cls": b"0" * 600,
+        "b.cls": b" " * 600 + b"1",
+        "b.jpg": jpeg(picture(1, 0)),
+    }
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.tar").write_bytes(tar(members))
+    run("index", tmp_path)
+    check(tmp_path, {"train": [1, 1], "validation": [1, 1]})
 
 
 def foreign(root: Path, labels: dict[str, list[int]]) -> Path:
