@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
-from esam_dist.data.shards import BLOCK, Entries, member_name, read_index
+from esam_dist.data.open_files import num_free, open_regular, read_regular
+from esam_dist.data.shards import Entries, read_around, read_index
+from esam_dist.data.tar import BLOCK, member_name
 from esam_dist.errors import UserError
 
 DESCRIPTION = "dataset.json"
@@ -62,7 +65,7 @@ def read_description(root: Path) -> Description:
     if not root.is_dir():
         raise UserError(f"data.path = {root}: no such folder; write it with `esam-dist prepare SOURCE {root}`")
     try:
-        return Description.model_validate_json(path.read_bytes())
+        return Description.model_validate_json(read_regular(path))
     except OSError:
         raise UserError(
             f"data.path = {root}: has no {DESCRIPTION}; write it with `esam-dist prepare SOURCE {root}`"
@@ -90,6 +93,8 @@ class Split:
     def __post_init__(self) -> None:
         self._starts = np.cumsum([0, *self.counts])
         self._files: OrderedDict[int, int] = OrderedDict()
+        # The rest is for others, such as the validation's own, and the workers'.
+        self._most_open = min(_OPEN_FILES, max(1, num_free() // 4))
 
     @property
     def num_samples(self) -> int:
@@ -104,14 +109,16 @@ class Split:
         """The image file of a sample, checked against the index. Raises SampleError."""
         entry = self.entries[sample]
         try:
-            image = os.pread(self._file(sample), int(entry["length"]), int(entry["offset"]))
+            around = read_around(self._file(sample), entry)
         except OSError as error:
             raise SampleError("unreadable", str(error.strerror)) from None
-        if not image:
+        if not around.image:
             raise SampleError("empty")
-        if zlib.crc32(image) != entry["crc32"]:
+        if zlib.crc32(around.image) != entry["crc32"]:
             raise SampleError("checksum", "its bytes are not those that were indexed")
-        return image
+        if other := around.other_label(entry):
+            raise SampleError("label", f"the index says {entry['label']}, the shard {other[:20]!r}")
+        return around.image
 
     def describe(self, sample: int) -> str:
         """Shard and member name of a sample, for the log."""
@@ -133,9 +140,9 @@ class Split:
     def _file(self, sample: int) -> int:
         shard = self._shard(sample)
         if shard not in self._files:
-            if len(self._files) >= _OPEN_FILES:
+            if len(self._files) >= self._most_open:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = open_regular(self.shards[shard])
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -150,19 +157,44 @@ def open_split(root: Path, name: str) -> Split:
     listed = description.splits.get(name)
     if listed is None or not listed.shards:
         raise UserError(f"data.path = {root}: {DESCRIPTION} lists no shards for the split {name!r}; prepare it again")
+    _check_listed(root, listed.shards)
     shards = [root / name / shard.file for shard in listed.shards]
     infos, entries = zip(*(read_index(shard) for shard in shards), strict=True)
     for shard, info, entry in zip(shards, infos, listed.shards, strict=True):
-        if info.sha256 != entry.sha256:
+        if (info.sha256, info.samples) != (entry.sha256, entry.samples):
             raise UserError(f"data.path: {shard} is not the shard that {DESCRIPTION} lists; prepare the data again")
     _check_labels(shards, entries, len(description.classes))
     joined = np.concatenate(entries)
-    if np.bincount(joined["label"], minlength=len(description.classes)).tolist() != listed.class_counts:
+    counts = np.bincount(joined["label"], minlength=len(description.classes)).tolist()
+    if counts != listed.class_counts or listed.samples != len(joined):
         raise UserError(
-            f"data.path = {root}: class_counts of {DESCRIPTION} are not those of the shards of {name}; prepare the "
-            "data again"
+            f"data.path = {root}: samples or class_counts of {DESCRIPTION} are not those of the shards of {name}; "
+            "prepare the data again"
         )
     return Split(name, description.classes, shards, [info.samples for info in infos], joined)
+
+
+def _check_listed(root: Path, listed: Sequence[ListedShard]) -> None:
+    """Refuse what is no name of a file in the split's folder, and a shard that is listed twice."""
+    seen: dict[str, str] = {}
+    for shard in listed:
+        if not is_file_name(shard.file):
+            raise UserError(
+                f"data.path = {root}: {DESCRIPTION} lists {shard.file[:80]!r}, which is no name of a shard; prepare "
+                "the data again"
+            )
+        for told in (shard.file, shard.sha256):
+            if told in seen:
+                raise UserError(
+                    f"data.path = {root}: {DESCRIPTION} lists the same shard twice, {seen[told]} and {shard.file}; "
+                    "prepare the data again"
+                )
+            seen[told] = shard.file
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name` can be that of a file in a folder, and be printed."""
+    return name.isprintable() and name == Path(name).name not in ("", "..") and len(name.encode()) <= 255
 
 
 def _check_labels(shards: list[Path], entries: tuple[Entries, ...], num_classes: int) -> None:

@@ -18,6 +18,7 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from torch.nn import functional as F
 
 from esam_dist.data.dataset import SampleError
@@ -26,8 +27,17 @@ from esam_dist.data.jpeg import cut, read_header
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: they are mistakes, or attacks on the memory."""
 
+FREE_PIXELS = 1 << 24
+"""Up to so many pixels an image may be as small a file as it will: a single colour takes few bytes."""
+
+MAX_PIXELS_PER_BYTE = 512
+"""Of larger images: a whole JPEG holds no more, since it has a bit at least for each 8 x 8 of them."""
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 """Names of files that are taken for images."""
+
+RESOURCE_FORK = "._"
+"""How files begin that macOS puts beside others, under their names."""
 
 Pixels = NDArray[np.uint8]
 
@@ -50,7 +60,7 @@ class Box(NamedTuple):
 class ImageFile:
     """An image whose size is known; a plain JPEG is decoded once the crop is known, all else at once.
 
-    Raises SampleError, here or in `crop`, for what is no image, is cut short, or has more than MAX_PIXELS.
+    Raises SampleError, here or in `crop`, for what is no image, is cut short, or has too many pixels.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -65,7 +75,7 @@ class ImageFile:
         except ValueError:
             self._pixels = upright(open_image(data))
             self.height, self.width = self._pixels.shape[:2]
-        _check_size(self.width, self.height)
+        _check_size(self.width, self.height, len(data))
 
     def crop(self, box: Box, out: Pixels, *, antialias: bool = True) -> None:
         """Write the pixels of `box` into `out` [S, S, 3], RGB. Raises SampleError."""
@@ -103,22 +113,44 @@ class ImageFile:
         return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
+def check_image(data: bytes) -> None:
+    """Raise SampleError unless all of an image can be decoded as training would decode it."""
+    image = ImageFile(data)
+    # All of it: of a crop, less could be decoded.
+    image.crop(Box(0, 0, image.width, image.height), np.empty((8, 8, 3), np.uint8))
+
+
 def open_image(data: bytes) -> Image.Image:
-    """The header of an image file of a format named in SUFFIXES. Raises SampleError, also for more than MAX_PIXELS."""
+    """The header of an image file of a format named in SUFFIXES. Raises SampleError, also for too many pixels."""
     with _pillow():
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    _check_size(*image.size)
+    _check_size(*image.size, len(data))
     return image
 
 
 def upright(image: Image.Image) -> Pixels:
     """The first frame of `image` as its EXIF block would have it turned: [H, W, 3], RGB. Raises SampleError."""
+    # 16 bits are known by another mode, but by Pillow before 11 where PNG and PPM have them.
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise SampleError("undecodable", f"{_DEPTHS[image.mode]}, whose range nobody knows; write 8 or 16 bits")
     with _pillow():
+        bits, white_is_zero = _grey_of(image)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             # Pillow would clip 16 bits to 8, and show white.
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+            grey = (np.asarray(image).astype(np.uint32) >> (bits - 8)).astype(np.uint8)
+            image = Image.fromarray(255 - grey if white_is_zero else grey)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+_DEPTHS = {"F": "its pixels are floating-point numbers", "I": "its pixels are integers of 32 bits, or signed"}
+
+
+def _grey_of(image: Image.Image) -> tuple[int, bool]:
+    """The bits of a grey value that has more than 8, and whether 0 is white: what a TIFF may say, and Pillow leaves."""
+    if not (isinstance(image, TiffImageFile) and image.mode.startswith("I")):
+        return 16, False
+    return int(image.tag_v2[258][0]), image.tag_v2.get(262) == 0
 
 
 @contextmanager
@@ -134,9 +166,12 @@ def _pillow() -> Iterator[None]:
         raise SampleError("undecodable", str(error) or type(error).__name__) from None
 
 
-def _check_size(width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise SampleError("too_large" if width * height else "undecodable", f"{width} x {height} pixels")
+def _check_size(width: int, height: int, num_bytes: int) -> None:
+    most = min(MAX_PIXELS, max(FREE_PIXELS, MAX_PIXELS_PER_BYTE * num_bytes))
+    if not 0 < width * height <= most:
+        raise SampleError(
+            "too_large" if width * height else "undecodable", f"{width} x {height} pixels in {num_bytes} bytes"
+        )
 
 
 def _resize(pixels: Pixels, out: Pixels, antialias: bool) -> None:

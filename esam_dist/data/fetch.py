@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import lzma
 import os
 import re
 import secrets
@@ -20,18 +19,18 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tarfile
 import tempfile
 import time
 import urllib.error
 import urllib.request
-import zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, cast
 
 from webdataset.gopen import gopen
 
+from esam_dist.data.open_files import is_special
+from esam_dist.data.tar import BROKEN, check_whole
 from esam_dist.errors import printable
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ def _fetch_once(url: str, kept: Path | None) -> IO[bytes]:
         file = partial.open("x+b")
     try:
         _copy(url, file)
-        _check_whole(file)
+        _check_tar(file)
     except BaseException:
         file.close()
         if kept is not None:
@@ -142,6 +141,9 @@ def _copy(url: str, file: IO[bytes]) -> None:
         # webdataset itself knows no s3:; the command line tool of the cloud is what its users pipe from.
         _copy_output(f"aws s3 cp {shlex.quote(url)} -", file)
     else:
+        # A named pipe under a shard's name would be waited for, for ever; `pipe:` says that one is meant.
+        if is_special(url.removeprefix("file:")):
+            raise OSError("no regular file")
         with gopen(url) as stream:
             shutil.copyfileobj(stream, file, 1 << 20)
 
@@ -172,23 +174,12 @@ def _read_soon(pipe: int) -> bytes:
     return os.read(pipe, 1 << 20)
 
 
-def _check_whole(file: IO[bytes]) -> None:
-    """Raise OSError unless `file` is a tar, compressed or not, up to the mark of zeros at its end.
-
-    Every header is looked at: tarfile, which webdataset reads with, takes a damaged one for the end.
-    """
-    file.seek(0)
+def _check_tar(file: IO[bytes]) -> None:
+    """Raise OSError unless `file` is a tar, compressed or not, that is there whole."""
     try:
-        with tarfile.open(fileobj=file, mode="r:*") as tar:
-            while tar.next():
-                pass
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
-        raise _BrokenError("is no whole tar") from None
-    if not whole:
-        raise _BrokenError("is no whole tar (its end is missing)")
+        check_whole(file)
+    except BROKEN as error:
+        raise _BrokenError(f"is no whole tar ({str(error) or type(error).__name__})") from None
 
 
 def _cache_name(url: str) -> str:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from esam_dist import config
 from esam_dist.data.dataset import Split, open_split, read_description
 from esam_dist.data.device import Batch, Finish
+from esam_dist.data.open_files import check_open_files
 from esam_dist.data.order import Draw, Order, share
 from esam_dist.data.raw import AHEAD, Raw, Ring
 from esam_dist.data.samples import Samples
@@ -125,6 +126,7 @@ class ValidationData:
 
 def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
     """Open the training data for one rank. Raises UserError, before anything is read, for whatever is wrong."""
+    check_open_files(cfg.workers, "data.workers")
     if cfg.stream:
         return _open_stream(cfg, seed, rank, world_size, device)
     split = open_split(cfg.path, "train")
@@ -158,6 +160,7 @@ def _open_stream(cfg: config.Data, seed: int, rank: int, world_size: int, device
 
 def open_validation(cfg: config.Data, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
     """Open the validation split for one rank. Raises UserError for whatever is wrong."""
+    check_open_files(cfg.workers, "data.workers")
     return ValidationData(cfg, rank=rank, world_size=world_size, device=device)
 
 

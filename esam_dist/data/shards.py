@@ -18,15 +18,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from esam_dist.checksum import sha256
-from esam_dist.errors import UserError, printable
+from esam_dist.data.open_files import open_regular, read_regular
+from esam_dist.data.tar import BLOCK, in_blocks, label_beside, label_of
+from esam_dist.errors import UserError
 
-BLOCK = 512
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
 """Where the image's bytes lie in the tar, their checksum, and the sample's label."""
 
@@ -111,51 +112,60 @@ def read_index(shard: Path) -> tuple[ShardInfo, Entries]:
     """The index of `shard`. Raises UserError when it is missing or damaged, or does not match the shard."""
     path = index_path(shard)
     try:
-        line, _, body = path.read_bytes().partition(b"\n")
+        line, _, body = read_regular(path).partition(b"\n")
         size = shard.stat().st_size
     except OSError as error:
         missing = path if error.filename == str(path) else shard
         raise UserError(f"data.path: {missing} cannot be read ({error.strerror}); prepare the data again") from None
     try:
-        head = json.loads(line)
+        head = parsed(line)
         if head.pop(_BODY) != hashlib.sha256(body).hexdigest():
             raise ValueError
         info = ShardInfo(**head)
+        if not (type(info.samples) is type(info.bytes) is int and 0 <= info.samples < 2**31):
+            raise ValueError
         entries = np.frombuffer(body, ENTRY)
     except (ValueError, TypeError, AttributeError, KeyError):
         raise UserError(f"data.path: {path} is damaged; delete it and prepare the data again") from None
     if info.samples == 0 or len(entries) != info.samples:
         raise UserError(f"data.path: {path} lists {len(entries)} samples of {info.samples}; prepare the data again")
-    if size != info.bytes or not _headers_match(shard, entries[[0, -1]]):
+    if size != info.bytes or not _lie_within(entries, size) or not _headers_match(shard, entries[[0, -1]]):
         raise UserError(f"data.path: {path} does not match {shard.name} ({size} bytes); prepare the data again")
     return info, entries
 
 
-def members(file: IO[bytes], start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """The files of the tar that lies in `file` from byte `start` to `end` (default: to its end), in order.
+class Around(NamedTuple):
+    """An image in a shard, and what lies beside it."""
 
-    tarfile takes a header that is cut short or damaged for the archive's end; here at least one block of zeros must
-    follow the last member, and nothing else may. Raises tarfile.ReadError, 'cut short or damaged at byte N', before a
-    member that is not there whole, or at the end. `file` may be read from, and moved, in between.
-    """
-    stop = file.seek(0, os.SEEK_END) if end is None else end
-    at = file.seek(start)
+    before: bytes
+    image: bytes
+    after: bytes
+
+    @property
+    def header(self) -> bytes:
+        """The image's own header."""
+        return self.before[-BLOCK:]
+
+    def other_label(self, entry: Any) -> bytes:
+        """What the image's `.cls` holds, if it lies beside it and is not what the index says; else nothing."""
+        told = label_beside(self.before, self.after)
+        return b"" if told is None or label_of(told) == entry["label"] else told or b"?"
+
+
+def read_around(file: int, entry: Any) -> Around:
+    """The image of an index's entry with its neighbours, by one `pread`. Raises OSError."""
+    offset, length = int(entry["offset"]), int(entry["length"])
+    start, end = min(offset, 3 * BLOCK), in_blocks(length)
+    data = os.pread(file, start + end + 2 * BLOCK, offset - start)
+    return Around(data[:start], data[start : start + length], data[start + end :])
+
+
+def parsed(text: bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, also where it is nested deeper than can be parsed."""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None and member.size >= 0 and tar.offset <= stop:
-                at = tar.offset
-                if member.isfile():
-                    yield member
-    except (tarfile.TarError, ValueError):
-        # What is at `at` is not zeros then: it is told below.
-        pass
-    if stop - at < BLOCK or not _is_zeros(file, at, stop):
-        raise tarfile.ReadError(f"cut short or damaged at byte {at}")
-
-
-def member_name(header: bytes) -> str:
-    """The name in a tar header block, safe to print whatever the bytes are."""
-    return printable(header[:100].split(b"\0", 1)[0].decode("ascii", "backslashreplace"))
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -167,20 +177,22 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return offset
 
 
+def _lie_within(entries: Entries, size: int) -> bool:
+    """Whether all images lie in a tar of so many bytes, each behind a header."""
+    offsets, lengths = entries["offset"], entries["length"]
+    inside = (offsets >= BLOCK) & (offsets <= size) & (lengths >= 0) & (lengths <= size - offsets)
+    return bool((inside & (offsets % BLOCK == 0)).all())
+
+
 def _headers_match(shard: Path, entries: Entries) -> bool:
-    """Whether a tar header of the right size stands before each of `entries`."""
-    with shard.open("rb") as file:
+    """Whether each of `entries` has its size in the tar header before it, and its label in the `.cls` beside it."""
+    with open(shard, "rb", opener=open_regular) as file:
         for entry in entries:
-            header = os.pread(file.fileno(), BLOCK, int(entry["offset"]) - BLOCK)
+            around = read_around(file.fileno(), entry)
             try:
-                if tarfile.TarInfo.frombuf(header, "ascii", "replace").size != entry["length"]:
-                    return False
+                header = tarfile.TarInfo.frombuf(around.header, "ascii", "replace")
             except tarfile.HeaderError:
                 return False
+            if header.size != entry["length"] or header.name.lower().endswith(".cls") or around.other_label(entry):
+                return False
     return True
-
-
-def _is_zeros(file: IO[bytes], start: int, end: int) -> bool:
-    file.seek(start)
-    parts = iter(lambda: file.read(min(1 << 20, end - file.tell())), b"")
-    return not any(part.strip(b"\0") for part in parts)

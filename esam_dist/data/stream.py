@@ -7,17 +7,19 @@ resumed run goes on with shards drawn anew. Whoever can, should copy the shards 
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
+import tarfile
 from collections.abc import Iterator
 from random import Random
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from esam_dist import config
 from esam_dist.data.dataset import SampleError
@@ -26,6 +28,7 @@ from esam_dist.data.fetch import VARIABLE, FetchError, fetch, variables
 from esam_dist.data.order import mix
 from esam_dist.data.raw import AHEAD, MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 from esam_dist.data.samples import View, image_size
+from esam_dist.data.tar import BROKEN, contents, label_of
 from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
 
@@ -34,6 +37,8 @@ MAX_LOST_SHARDS = 3
 """So many different shards in a row without a sample stop the run (or all, if there are fewer)."""
 
 _STREAM = 31
+_ABOUT_THE_SHARD = re.compile(r"__[^/]*__($|/)")
+"""Names of files that webdataset takes for no part of a sample."""
 
 Sample = dict[str, Any]
 
@@ -103,13 +108,14 @@ class StreamedBatches(IterableDataset[Raw]):
         return label
 
     def _parts(self, sample: Sample) -> tuple[bytes, int]:
-        text = sample.get("cls", b"").strip()
-        if not text.isdigit() or len(text) > 9 or int(text) >= self._num_classes:
+        text = sample.get("cls", b"")
+        label = label_of(text)
+        if label is None or label >= self._num_classes:
             raise SampleError("label", f"{text[:20]!r} is none of 0 to {self._num_classes - 1}")
         data = next((sample[suffix[1:]] for suffix in sorted(SUFFIXES) if suffix[1:] in sample), None)
         if not data:
             raise SampleError("empty", "holds no image")
-        return data, int(text)
+        return data, label
 
     def _shuffled(self, seed: int) -> Iterator[Sample | Skip]:
         """Samples of shards drawn with replacement, in a buffer's random order; what is lost comes at once.
@@ -149,14 +155,24 @@ class StreamedBatches(IterableDataset[Raw]):
             return
         empty = True
         with file:
-            members = tar_file_expander([{"url": url, "stream": file}], handler=note)
-            for sample in group_by_keys(members, handler=note):
+            for sample in group_by_keys(_members(url, file, broken), handler=note):
                 empty = False
                 # Of a key that comes twice nobody can tell which image has which label.
                 yield Skip(f"{url}:{sample['__key__']}", "broken_shard", str(broken[0].args[0])) if broken else sample
                 broken.clear()
         if broken or empty:
             yield Skip(url, "broken_shard", str(broken[0].args[0]) if broken else "holds no sample")
+
+
+def _members(url: str, file: IO[bytes], broken: list[Exception]) -> Iterator[Sample]:
+    """The files of a tar as webdataset passes them on; what is wrong with it is added to `broken`."""
+    try:
+        for name, data in contents(file):
+            if not _ABOUT_THE_SHARD.match(name):
+                yield {"fname": name, "data": data, "__url__": url}
+    except BROKEN as error:
+        # It ends here: a sample of which a part was read comes after this, so that it is known as broken.
+        broken.append(tarfile.ReadError(str(error) or type(error).__name__))
 
 
 def check_stream(cfg: config.Data) -> None:

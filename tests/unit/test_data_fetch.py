@@ -123,6 +123,15 @@ def test_a_pipe_that_breaks_or_gets_stuck_is_tried_again_and_leaves_no_process(
     assert not {*map(int, pids)} & {*groups}
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("scheme", ["", "file:"])
+def test_a_named_pipe_under_a_shards_name_is_not_waited_for(tmp_path, scheme):
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(FetchError, match="no regular file") as caught:
+        fetch(f"{scheme}{tmp_path}/0.tar", tries=1)
+    assert caught.value.reason == "unreachable"
+
+
 def test_a_command_that_stops_reading_early_is_no_fault(digits):
     path = digits / "train" / "shard-000000.tar"
     size = path.stat().st_size

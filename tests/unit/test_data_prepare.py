@@ -21,7 +21,7 @@ from esam_dist.data.prepare import write
 from esam_dist.data.prepare.encode import Encoding, png
 from esam_dist.data.prepare.write import PLAN
 from tests.commands import alone, environment, here, wait_for
-from tests.prepared import check, class_folders, contents, jpeg, labels_seen, picture, refused, run
+from tests.prepared import check, class_folders, contents, jpeg, labels_seen, picture, refused, run, tar
 
 
 @pytest.fixture
@@ -44,8 +44,6 @@ def test_folder_with_its_own_validation(folders, tmp_path):
     (root / "val" / "bee" / "x.png").write_bytes((root / "train" / "bee" / "3.JPEG").read_bytes())
     run("folder", tmp_path / "out", "--from", root)
     check(tmp_path / "out", {"train": [20, 20, 20], "validation": [0, 1, 0]})
-    (root / "val" / "dog").mkdir()
-    assert "has the class 'dog'" in refused("folder", tmp_path / "out2", "--from", root)
 
 
 # webdataset leaves its files to the garbage collector.
@@ -153,23 +151,31 @@ def test_a_folder_prepared_otherwise_is_not_mixed_up(folders, tmp_path):
     run("folder", tmp_path / "out", "--from", folders)
     assert contents(tmp_path / "out") == before
     assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders, "--seed", 1)
-    # A class more, of which there are no images: before the others it changes their labels, behind them their number.
     for name in ("aaa", "zzz"):
-        (folders / name).mkdir()
+        (folders / "ant").rename(folders / name)
         assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders)
-        (folders / name).rmdir()
+        (folders / name).rename(folders / "ant")
     (folders / "ant" / "new.jpg").write_bytes(jpeg(picture(0, 0)))
     assert "holds data prepared otherwise" in refused("folder", tmp_path / "out", "--from", folders)
 
 
-def test_bad_images_are_left_out_of_a_re_encoded_set_and_counted(folders, tmp_path, caplog):
+@pytest.mark.parametrize("options", [[], ["--short-side", 20], ["--restart-markers"]])
+def test_bad_images_are_left_out_named_and_counted(folders, tmp_path, caplog, options):
+    if "--restart-markers" in options and shutil.which("jpegtran") is None:
+        pytest.skip("jpegtran is not installed")
     (folders / "cat" / "5.JPEG").write_bytes(b"")
     (folders / "cat" / "6.JPEG").write_bytes((folders / "cat" / "6.JPEG").read_bytes()[:200])
-    run("folder", tmp_path / "out", "--from", folders, "--short-side", 20, "--workers", 0)
+    (folders / "bee" / "\n7.png").write_bytes(b"<html>please log in</html>")
+    run("folder", tmp_path / "out", "--from", folders, "--workers", 0, *options)
     splits = json.loads((tmp_path / "out" / "dataset.json").read_text())["splits"]
-    assert sum(split["left_out"] for split in splits.values()) == 2
-    assert sum(split["class_counts"][2] for split in splits.values()) == 18
-    assert "left out sample" in caplog.text
+    assert sum(split["left_out"] for split in splits.values()) == 3
+    assert [sum(split["class_counts"][label] for split in splits.values()) for label in range(3)] == [20, 20, 18]
+    said = sorted(record.getMessage() for record in caplog.records if "left out" in record.getMessage())
+    assert len(said) == 3
+    assert said[0].startswith(rf"left out {folders}/bee/\n7.png (undecodable: ")
+    assert said[1] == f"left out {folders}/cat/5.JPEG (empty)"
+    assert said[2].startswith(f"left out {folders}/cat/6.JPEG (undecodable: ")
+    run("verify", tmp_path / "out", "--workers", 0)
 
 
 SMALL = {
@@ -205,8 +211,13 @@ def test_restart_markers_change_no_pixel(options):
 @pytest.mark.skipif(shutil.which("jpegtran") is None, reason="jpegtran is not installed")
 def test_what_cannot_be_rewritten_is_stored_as_it_is(folders, tmp_path):
     encoding, whole = Encoding(restart_markers=True), jpeg(picture(1, 1))
-    for data in (whole[: len(whole) * 3 // 4], b"\xff\xd8\xff", b"no image", png(picture(1, 1))[0]):
+    scan = whole.index(b"\xff\xda")
+    # Bytes between two segments make libjpeg warn, and harm nothing.
+    for data in (whole[:scan] + b"\0\1\2" + whole[scan:], png(picture(1, 1))[0]):
         assert encoding(data, "jpg") == (data, "jpg")
+    for data in (whole[: len(whole) * 3 // 4], b"\xff\xd8\xff", b"no image"):
+        with pytest.raises(SampleError, match="undecodable"):
+            encoding(data, "jpg")
     run("folder", tmp_path / "marked", "--from", folders, "--restart-markers")
     marked = open_split(tmp_path / "marked", "train")
     assert {read_header(marked.read(sample)).restart for sample in range(marked.num_samples)} == {1}
@@ -232,11 +243,14 @@ def test_the_command_ends_with_0_or_with_2_and_one_line(folders, tmp_path):
 
 
 def test_verify_finds_what_is_wrong(folders, tmp_path):
-    out = tmp_path / "out"
-    (folders / "cat" / "6.JPEG").write_bytes((folders / "cat" / "6.JPEG").read_bytes()[:200])
+    out, image = tmp_path / "out", jpeg(picture(0, 0))
+    for split, stored in (("train", image), ("validation", image[:200])):
+        (tmp_path / "foreign" / split).mkdir(parents=True)
+        members = {"a.jpg": image, "a.cls": b"0", "b.jpg": stored, "b.cls": b"0"}
+        (tmp_path / "foreign" / split / "0.tar").write_bytes(tar(members))
+    run("index", tmp_path / "foreign")
+    assert "1 faults in 4 samples, the first: " in refused("verify", tmp_path / "foreign", "--workers", 2)
     run("folder", out, "--from", folders)
-    assert "1 faults in 60 samples, the first: " in refused("verify", out, "--workers", 2)
-    run("folder", tmp_path / "twin", "--from", folders)
     shard = out / "train" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"\xff\xd9", b"\xff\xd8", 1))
     assert "its checksum is not that of its index" in refused("verify", out, "--workers", 0)

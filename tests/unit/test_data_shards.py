@@ -8,7 +8,8 @@ import pytest
 
 from esam_dist.checksum import sha256
 from esam_dist.data.dataset import open_split
-from esam_dist.data.shards import BLOCK, PARTIAL, Sample, member_name, members, read_index, write_shard
+from esam_dist.data.shards import PARTIAL, Sample, read_index, write_shard
+from esam_dist.data.tar import BLOCK, member_name, members
 from esam_dist.errors import UserError
 from tests.commands import here
 from tests.prepared import class_folders, contents, flipped, run, tar
@@ -40,7 +41,7 @@ def test_members_may_be_read_in_between():
     file = io.BytesIO(WHOLE)
     seen = {}
     for member in members(file):
-        file.seek(member.offset_data)
+        file.seek(member.offset)
         seen[member.name] = file.read(member.size)
     assert seen == MEMBERS
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
-from esam_dist.data.shards import members
+from esam_dist.data.tar import members
 from esam_dist.errors import UserError
 
 _GZIP = b"\x1f\x8b"
@@ -44,7 +44,7 @@ def _from_tar(path: Path, wanted: Collection[str]) -> dict[str, bytes]:
         for member in members(file):
             name = PurePosixPath(member.name).name
             if name in wanted:
-                file.seek(member.offset_data)
+                file.seek(member.offset)
                 found[name] = file.read(member.size)
     except tarfile.ReadError as error:
         raise UserError(f"--from {path}: is no tar archive, or {error}; get it again") from None

@@ -60,6 +60,10 @@ class ArraySource:
         """An image as PNG."""
         return png(Image.fromarray(self._images[split][sample]))
 
+    def describe(self, split: str, sample: int) -> str:
+        """The number of an image."""
+        return f"image {sample} of {split}"
+
 
 def fashion_mnist(folder: Path | None) -> ArraySource:
     """The idx files (plain or .gz) in `folder`, or in Debian's package. Raises UserError when they are not there."""
@@ -92,7 +96,7 @@ def cifar(name: str, path: Path) -> ArraySource:
 
 def _idx(folder: Path, stem: str, dimensions: int) -> Array:
     """An array of bytes: after 0, 0, 8 and the number of dimensions come their sizes, then the contents."""
-    path = next((file for file in (folder / f"{stem}.gz", folder / stem) if file.exists()), None)
+    path = next((file for file in (folder / f"{stem}.gz", folder / stem) if file.is_file()), None)
     if path is None:
         raise UserError(
             f"--from {folder}: has no {stem}.gz; give the folder of the idx files, or install the Debian package "

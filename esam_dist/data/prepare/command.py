@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from esam_dist.data.open_files import check_open_files
 from esam_dist.data.prepare.arrays import cifar, fashion_mnist
 from esam_dist.data.prepare.digits import Digits
 from esam_dist.data.prepare.encode import JPEGTRAN, Encoding
@@ -48,16 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--validation-share", type=float, default=0.1, metavar="SHARE", help="held out of a `folder`")
     parser.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1024 (digits: 360)")
+    parser.add_argument("--num-classes", type=int, metavar="K", help="of `index`, if some class has no sample there")
+    parser.add_argument("--limit-per-class", type=int, metavar="N", help="of a `folder`: a subset (docs/data.md)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prepare what the arguments ask for. Raises UserError."""
     _check(args)
+    # Also to look at the source takes some; workers take theirs when they are started.
+    check_open_files(0, "--workers")
     if args.source == "verify":
         verify(args.out, workers=args.workers)
     elif args.source == "index":
-        index_existing(args.out)
+        index_existing(args.out, args.num_classes)
     else:
         per_shard = args.samples_per_shard or (360 if args.source == "digits" else 1024)
         plan = Plan(args.seed, per_shard, Encoding(args.short_side or 0, args.quality, args.restart_markers))
@@ -74,10 +79,22 @@ def _check(args: argparse.Namespace) -> None:
             f"--restart-markers: {JPEGTRAN} is not installed; install it (Debian: libjpeg-turbo-progs), or leave the "
             "option out"
         )
-    for flag, low, high in (("short_side", 8, 4096), ("quality", 1, 95), ("samples_per_shard", 1, 1_000_000)):
+    for flag, low, high in (
+        ("short_side", 8, 4096),
+        ("quality", 1, 95),
+        ("samples_per_shard", 1, 1_000_000),
+        ("num_classes", 1, 1_000_000),
+        ("limit_per_class", 1, 1_000_000_000),
+    ):
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{flag.replace('_', '-')} {value} is out of range; give {low} to {high}")
+    for flag, value, source in (
+        ("--num-classes", args.num_classes, "index"),
+        ("--limit-per-class", args.limit_per_class, "folder"),
+    ):
+        if value is not None and args.source != source:
+            raise UserError(f"{flag} is for `prepare {source}` only; leave it out")
     if args.seed < 0 or args.workers < 0:
         raise UserError("--seed and --workers must not be negative; give 0 or more")
     if not 0.0 < args.validation_share < 1.0:
@@ -94,5 +111,5 @@ def _source(args: argparse.Namespace) -> Source:
     if args.source == "imagenet":
         return imagenet(args.origin)
     if args.source == "folder":
-        return folders(args.origin, validation_share=args.validation_share, seed=args.seed)
+        return folders(args.origin, validation_share=args.validation_share, seed=args.seed, limit=args.limit_per_class)
     return cifar(args.source, args.origin)

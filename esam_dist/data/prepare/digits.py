@@ -35,3 +35,7 @@ class Digits:
     def read(self, split: str, sample: int) -> tuple[bytes, str]:
         """A digit as a greyscale PNG."""
         return png(Image.fromarray(self._images[self._ids[split][sample]]))
+
+    def describe(self, split: str, sample: int) -> str:
+        """The number of a digit."""
+        return f"digit {self._ids[split][sample]}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from esam_dist.data.decode import open_image, upright
+from esam_dist.data.decode import check_image, open_image, upright
 from esam_dist.data.jpeg import read_header
 
 JPEGTRAN = "jpegtran"
@@ -27,11 +27,12 @@ class Encoding:
     """Whether JPEGs that are not made smaller get restart markers, by jpegtran: all bytes change, but no pixel."""
 
     def __call__(self, data: bytes, suffix: str) -> tuple[bytes, str]:
-        """The file to store for `data`. Raises SampleError when it must be decoded and cannot.
+        """The file to store for `data`. Raises SampleError when it cannot be decoded.
 
         An image that is small enough is kept as it is, unless it is turned by EXIF or has colours that are not RGB.
         """
         if self.short_side == 0:
+            check_image(data)
             return self._kept(data), suffix
         image = open_image(data)
         # Also what is kept is decoded: nothing less tells that it can be.

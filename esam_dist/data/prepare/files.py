@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from esam_dist.data.dataset import SampleError
-from esam_dist.data.decode import SUFFIXES
+from esam_dist.data.open_files import open_regular
+from esam_dist.data.prepare.listing import Listing
 from esam_dist.data.prepare.source import digest_of
 from esam_dist.errors import UserError
 
@@ -43,47 +45,59 @@ class FileSource:
         """An image file. Raises SampleError when it is empty, cut short or cannot be read."""
         span = self._spans[split][sample]
         try:
-            with span.path.open("rb") as file:
+            with open(span.path, "rb", opener=open_regular) as file:
                 data = os.pread(file.fileno(), span.length, span.offset)
         except OSError as error:
-            raise SampleError("unreadable", f"{span.path}: {error.strerror}") from None
+            raise SampleError("unreadable", str(error.strerror)) from None
         if not data:
-            raise SampleError("empty", f"{span.path} at {span.offset}")
+            raise SampleError("empty")
         if len(data) != span.length:
-            raise SampleError("truncated", f"{span.path} at {span.offset}")
+            raise SampleError("truncated", f"{len(data)} of {span.length} bytes")
         return data, span.suffix
 
-
-def class_folders(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in `folder`, in order: a class each. Raises UserError for one that cannot be printed."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if strange := [name for name in names if not name.isprintable()]:
-        raise UserError(f"--from {folder}: the folder {strange[0]!r} has no name that can be printed; rename it")
-    return tuple(names)
+    def describe(self, split: str, sample: int) -> str:
+        """The path of an image, and in an archive, at which byte it begins."""
+        span = self._spans[split][sample]
+        return f"{span.path} at {span.offset}" if span.offset else str(span.path)
 
 
-def class_files(folder: Path, class_names: Sequence[str]) -> list[tuple[int, Span]]:
-    """The image files below each class's folder, in order, with their labels.
+def class_files(
+    listing: Listing, folder: Path, class_names: Sequence[str], limit: int | None = None
+) -> list[tuple[int, Span]]:
+    """The image files below each class's folder, in order, with their labels; at most `limit` of each class.
 
-    Raises UserError when there are none, or `folder` has a class that is none of `class_names`.
+    Raises UserError when there are none, also of one class, or `folder` has a class that is none of `class_names`.
     """
-    if unknown := set(class_folders(folder)) - set(class_names):
+    found = listing.folders(folder)
+    if unknown := set(found) - set(class_names):
         raise UserError(f"--from {folder}: has the class {min(unknown)!r}, which training has not; rename or remove it")
-    samples = [
-        (label, Span(path, 0, path.stat().st_size if path.exists() else 0, image_suffix(path)))
-        for label, name in enumerate(class_names)
-        for path in _images(folder / name)
-    ]
+    labels = {name: label for label, name in enumerate(class_names)}
+    samples = []
+    for name in found:
+        images = listing.images(folder / name)
+        if not images:
+            raise UserError(
+                f"--from {folder}: the class folder {name!r} holds no images; put images there, or remove it"
+            )
+        samples += [(labels[name], _span(path)) for path in _limited(images, folder, limit)]
     if not samples:
         raise UserError(f"--from {folder}: holds no folders with images; give a folder with one folder per class")
     return samples
+
+
+def _limited(images: Sequence[Path], folder: Path, limit: int | None) -> Sequence[Path]:
+    """The first by a hash of their names: nearly the same when images are added, and not all of one film or day."""
+    if limit is None:
+        return images
+    names = {path: os.fsencode(path.relative_to(folder)) for path in images}
+    return sorted(sorted(images, key=lambda path: hashlib.sha256(names[path]).digest())[:limit])
+
+
+def _span(path: Path) -> Span:
+    return Span(path, 0, path.stat().st_size, image_suffix(path))
 
 
 def image_suffix(path: PurePath) -> str:
     """How the image of that name is called in a shard: `jpg` for all JPEGs."""
     suffix = path.suffix.lower().lstrip(".")
     return "jpg" if suffix == "jpeg" else suffix
-
-
-def _images(folder: Path) -> Iterable[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)

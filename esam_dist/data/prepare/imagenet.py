@@ -13,9 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from esam_dist.data.prepare.archives import read_files
-from esam_dist.data.prepare.files import FileSource, Span, class_files, class_folders
-from esam_dist.data.prepare.folders import VALIDATION_NAMES
-from esam_dist.data.shards import members
+from esam_dist.data.prepare.files import FileSource, Span, class_files
+from esam_dist.data.prepare.folders import validation_folder
+from esam_dist.data.prepare.listing import Listing
+from esam_dist.data.tar import Member, members
 from esam_dist.errors import UserError
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -27,20 +28,25 @@ def imagenet(root: Path) -> FileSource:
     """What is found in `root`: each split from its archive, or from the folders `train` and `val`."""
     if not root.is_dir():
         raise UserError(f"--from {root}: no such folder; give the folder of {TRAIN} or of train/ and val/")
+    listing = Listing(root)
     if (root / TRAIN).is_file():
         by_class = _train_spans(root / TRAIN)
         wnids = tuple(sorted(by_class))
         train = [(label, span) for label, wnid in enumerate(wnids) for span in by_class[wnid]]
     else:
-        folder = _folder(root, ("train",), TRAIN)
-        wnids = class_folders(folder)
-        train = class_files(folder, wnids)
+        folder = _given(root, root / "train", TRAIN)
+        listing.allow(folder)
+        wnids = listing.folders(folder)
+        train = class_files(listing, folder, wnids)
     words: dict[str, str] = {}
     if (root / VALIDATION).is_file():
         words, truth = _devkit(root)
         validation = _validation_spans(root / VALIDATION, wnids, truth)
     else:
-        validation = class_files(_folder(root, VALIDATION_NAMES, VALIDATION), wnids)
+        folder = _given(root, validation_folder(root) or root / "val", VALIDATION)
+        listing.allow(folder)
+        validation = class_files(listing, folder, wnids)
+    listing.report()
     class_names = [f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids]
     return FileSource("imagenet", root, class_names, {"train": train, "validation": validation})
 
@@ -51,7 +57,7 @@ def _train_spans(path: Path) -> dict[str, list[Span]]:
     with path.open("rb") as file:
         for inner in _members(file, path):
             if inner.name.endswith(".tar"):
-                images = _members(file, path, inner.offset_data, inner.offset_data + inner.size)
+                images = _members(file, path, inner.offset, inner.offset + inner.size)
                 found[PurePosixPath(inner.name).stem] = [_span(path, image) for image in images]
     if not found:
         raise UserError(f"--from {path}: holds no archives of classes (n01440764.tar, ...); give the original file")
@@ -72,27 +78,26 @@ def _validation_spans(path: Path, wnids: Sequence[str], truth: list[str]) -> lis
     return [(labels[wnid], _span(path, image)) for wnid, image in zip(truth, images, strict=True)]
 
 
-def _span(path: Path, member: tarfile.TarInfo) -> Span:
-    return Span(path, member.offset_data, member.size, "jpg")
+def _span(path: Path, member: Member) -> Span:
+    return Span(path, member.offset, member.size, "jpg")
 
 
-def _members(file: IO[bytes], path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
+def _members(file: IO[bytes], path: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
     try:
         yield from members(file, start, end)
     except tarfile.ReadError as error:
         raise UserError(f"--from {path}: is {error}; copy it again") from None
 
 
-def _folder(root: Path, names: Sequence[str], archive: str) -> Path:
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise UserError(f"--from {root}: has neither {archive} nor {names[0]}/; put one of them there")
+def _given(root: Path, folder: Path, archive: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"--from {root}: has neither {archive} nor {folder.name}/; put one of them there")
     return folder
 
 
 def _devkit(root: Path) -> tuple[dict[str, str], list[str]]:
     """The first word for each WordNet id, and the WordNet id of each validation image, from the devkit."""
-    path = next((root / name for name in DEVKITS if (root / name).exists()), None)
+    path = next((root / name for name in DEVKITS if (root / name).is_file() or (root / name).is_dir()), None)
     if path is None:
         raise UserError(f"--from {root}: has {VALIDATION} but not {DEVKITS[0]}, which holds its labels; put it there")
     files = read_files(path, (_TRUTH, _META))

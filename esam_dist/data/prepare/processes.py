@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from esam_dist.data.open_files import check_open_files
 from esam_dist.errors import UserError
 
 Job = TypeVar("Job")
@@ -19,16 +20,16 @@ Result = TypeVar("Result")
 def results(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     """What `work` makes of each of `jobs`, in their order; `workers` 0 works in this process.
 
-    Raises UserError when a worker is killed.
+    Raises UserError when a worker is killed, or so many cannot be started.
     """
+    workers = min(workers, len(jobs) or 1)
+    check_open_files(workers, "--workers")
     if workers == 0:
         yield from map(work, jobs)
         return
     # Forked, so that a source held in memory is not copied to each worker.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(
-        min(workers, len(jobs) or 1), mp_context=context, initializer=_begin, initargs=(work,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(work,)) as pool:
         try:
             yield from pool.map(_call, jobs)
         except BrokenProcessPool:

@@ -41,6 +41,10 @@ class Source(Protocol):
         """The image file of a sample, and its suffix. Raises SampleError."""
         ...
 
+    def describe(self, split: str, sample: int) -> str:
+        """What the source calls a sample, for the log: the name of its file, if it has one."""
+        ...
+
 
 def held_out(labels: Sequence[int], share: float, seed: int) -> dict[str, Ids]:
     """Divide samples into `train` and `validation`: the same share of every class, drawn by the seed."""

@@ -19,16 +19,19 @@ import numpy as np
 from tqdm import tqdm
 
 from esam_dist.data.dataset import DESCRIPTION, Description, ListedShard, ListedSplit, SampleError
+from esam_dist.data.open_files import read_regular
 from esam_dist.data.order import mix
 from esam_dist.data.prepare.encode import Encoding
 from esam_dist.data.prepare.processes import results
 from esam_dist.data.prepare.source import Source
+from esam_dist.data.raw import Skip
 from esam_dist.data.shards import (
     PARTIAL,
     Entries,
     Sample,
     ShardInfo,
     finished,
+    parsed,
     read_index,
     write_shard,
     written_beside,
@@ -86,9 +89,9 @@ def _claim(out: Path, fingerprint: dict[str, Any]) -> None:
     for name in (PLAN, DESCRIPTION):
         if (out / name).exists():
             try:
-                held = json.loads((out / name).read_bytes())
+                held = parsed(read_regular(out / name))
                 held = held if name == PLAN else held.get("plan")
-            except (ValueError, AttributeError):
+            except (OSError, ValueError, AttributeError):
                 held = None
             if held != fingerprint:
                 raise UserError(f"OUT = {out}: holds data prepared otherwise ({name}); delete it or choose another")
@@ -125,7 +128,7 @@ def _samples(source: Source, encoding: Encoding, job: Job) -> Iterator[Sample]:
         try:
             image, suffix = encoding(*source.read(job.split, sample))
         except SampleError as bad:
-            log.warning("left out sample %d of %s: %s %s", sample, job.split, bad.reason, bad.detail)
+            log.warning("left out %s", Skip(source.describe(job.split, sample), bad.reason, bad.detail).line())
             continue
         yield Sample(image, suffix, source.labels[job.split][sample])
 
