@@ -86,7 +86,9 @@ class Ranks:
             return Pending(tensor.unsqueeze(0), None)
         # Flat: gloo takes the concatenated form only, nccl either.
         gathered = tensor.new_empty(self.world_size * tensor.numel())
-        work = dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), async_op=True)
+        # One function under two names, of which recent versions warn about the other.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(gathered, tensor.contiguous().view(-1), async_op=True)
         return Pending(gathered.view(self.world_size, *tensor.shape), work)
 
     def sum_later(self, tensor: Tensor) -> Pending:
