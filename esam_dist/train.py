@@ -100,6 +100,9 @@ def train(run: Training) -> bool:
             window.restart()
         if stops:
             return is_last
+    if trainer.ranks.is_first and progress.step:
+        share = progress.sharp_updates / progress.step
+        logger.info("%d of %d updates were sharpness-aware (%.0f%%)", progress.sharp_updates, progress.step, 100 * share)
     return True
 
 
