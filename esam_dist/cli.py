@@ -22,7 +22,7 @@ from esam_dist import __version__, config, launch, report
 from esam_dist.averaging import WeightAverage, averaged_model
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
-from esam_dist.engine import build_engine
+from esam_dist.engine import MicroBatches, build_engine
 from esam_dist.errors import LossNotFiniteError, UserError
 from esam_dist.evaluate import evaluate
 from esam_dist.lock import locked
@@ -124,7 +124,9 @@ def _train(args: argparse.Namespace) -> int:
             closing(_open_metrics(cfg, ranks, folder, progress)) as metrics,
             joined(cfg.engine.collective_timeout_seconds),
         ):
-            trainer = SharpnessAware.over(build_engine(module, cfg, ranks), cfg.method, ranks, seed=cfg.run.seed)
+            batches = MicroBatches.of(cfg.data.batch_size, cfg.train, cfg.method)
+            engine = build_engine(module, ranks, cfg.optim, cfg.engine, batches)
+            trainer = SharpnessAware.over(engine, cfg.method, ranks, seed=cfg.run.seed)
             saved, progress = ranks.share((saved, progress))
             assert progress is not None
             metrics.take_up(progress)

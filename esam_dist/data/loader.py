@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from esam_dist import config
 from esam_dist.data.dataset import Split, open_split, read_description
 from esam_dist.data.device import Batch, Finish
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.open_files import check_open_files
 from esam_dist.data.order import Draw, Order, share
 from esam_dist.data.raw import AHEAD, Raw, Ring
@@ -32,7 +32,7 @@ class Skipped:
     chance stops no rank of many, and no rank at its first bad samples.
     """
 
-    def __init__(self, cfg: config.Data, *, endless: bool) -> None:
+    def __init__(self, cfg: DataKeys, *, endless: bool) -> None:
         self._limit, self._key = cfg.max_skipped, "data.stream" if cfg.stream and endless else "data.path"
         self._endless, self._num_read = endless, 0
         self._named: set[str] = set()
@@ -71,7 +71,7 @@ class TrainData:
 
     def __init__(
         self,
-        cfg: config.Data,
+        cfg: DataKeys,
         raws: Callable[[int], Iterable[Raw]],
         *,
         num_samples: int,
@@ -101,7 +101,7 @@ class TrainData:
 class ValidationData:
     """This rank's share of the validation set: over all ranks every sample exactly once."""
 
-    def __init__(self, cfg: config.Data, *, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> None:
         split = open_split(cfg.path, "validation")
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
         ids = np.array(share(split.num_samples, rank, world_size), np.int64)
@@ -124,7 +124,7 @@ class ValidationData:
         return self._finish(self._skipped.pass_on(self._raws))
 
 
-def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
+def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
     """Open the training data for one rank. Raises UserError, before anything is read, for whatever is wrong."""
     check_open_files(cfg.workers, "data.workers")
     if cfg.stream:
@@ -147,7 +147,7 @@ def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, devic
     )
 
 
-def _open_stream(cfg: config.Data, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
+def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
     check_stream(cfg)
     class_names = read_description(cfg.path).classes
 
@@ -158,7 +158,7 @@ def _open_stream(cfg: config.Data, seed: int, rank: int, world_size: int, device
     return TrainData(cfg, raws, num_samples=cfg.stream_samples, class_names=class_names, device=device)
 
 
-def open_validation(cfg: config.Data, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
+def open_validation(cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
     """Open the validation split for one rank. Raises UserError for whatever is wrong."""
     check_open_files(cfg.workers, "data.workers")
     return ValidationData(cfg, rank=rank, world_size=world_size, device=device)
@@ -175,7 +175,7 @@ class _Numbered:
 
 
 def load(
-    split: Split, cfg: config.Data, draws: Iterable[Draw], workers: int, *, train: bool, pin: bool, keep: bool = False
+    split: Split, cfg: DataKeys, draws: Iterable[Draw], workers: int, *, train: bool, pin: bool, keep: bool = False
 ) -> DataLoader[Any]:
     """Raw batches of `draws`, in order, filled by `workers` processes; for one iterator at a time (see Ring).
 

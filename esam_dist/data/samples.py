@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from esam_dist import config
 from esam_dist.data.augment import Augment, centre_box
 from esam_dist.data.dataset import SampleError, Split
 from esam_dist.data.decode import ImageFile, Pixels
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.order import Draw
 from esam_dist.data.raw import MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 
@@ -21,7 +21,7 @@ from esam_dist.data.raw import MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 class View:
     """Writes the pixels of an image as the network shall see them."""
 
-    def __init__(self, cfg: config.Data, *, train: bool) -> None:
+    def __init__(self, cfg: DataKeys, *, train: bool) -> None:
         self._cfg = cfg
         self._augment = Augment(cfg) if train else None
 
@@ -37,7 +37,7 @@ class View:
 class Samples:
     """Map-style dataset over whole draws, numbered: one call of `__getitems__` fills one batch."""
 
-    def __init__(self, split: Split, cfg: config.Data, ring: Ring, *, train: bool) -> None:
+    def __init__(self, split: Split, cfg: DataKeys, ring: Ring, *, train: bool) -> None:
         self._split, self._cfg, self._ring, self._train = split, cfg, ring, train
         self._view = View(cfg, train=train)
 
@@ -70,7 +70,7 @@ class Samples:
         return True
 
 
-def image_size(cfg: config.Data, epoch: int) -> int:
+def image_size(cfg: DataKeys, epoch: int) -> int:
     """The size of training images in an epoch: `image_size`, or the latest entry of `progressive`."""
     size = cfg.image_size
     for start, value in cfg.progressive:

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from webdataset.tariterators import group_by_keys
 
-from esam_dist import config
 from esam_dist.data.dataset import SampleError
 from esam_dist.data.decode import SUFFIXES, Pixels
 from esam_dist.data.fetch import VARIABLE, FetchError, fetch, variables
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.order import mix
 from esam_dist.data.raw import AHEAD, MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 from esam_dist.data.samples import View, image_size
@@ -56,7 +56,7 @@ class Position(NamedTuple):
 class StreamedBatches(IterableDataset[Raw]):
     """Batches of one rank, endless; each worker draws shards of its own."""
 
-    def __init__(self, cfg: config.Data, num_classes: int, at: Position) -> None:
+    def __init__(self, cfg: DataKeys, num_classes: int, at: Position) -> None:
         self._cfg, self._num_classes, self._at = cfg, num_classes, at
         self.workers = cfg.workers
         self._ring = Ring(cfg, cfg.workers)
@@ -175,7 +175,7 @@ def _members(url: str, file: IO[bytes], broken: list[Exception]) -> Iterator[Sam
         broken.append(tarfile.ReadError(str(error) or type(error).__name__))
 
 
-def check_stream(cfg: config.Data) -> None:
+def check_stream(cfg: DataKeys) -> None:
     """Refuse a stream whose length is unknown, or that names no shard. Raises UserError."""
     if cfg.stream_samples < cfg.batch_size:
         raise UserError(

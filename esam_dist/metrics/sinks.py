@@ -10,11 +10,11 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from esam_dist import config
 from esam_dist.metrics import jsonl
 from esam_dist.metrics.board import TensorBoard
 from esam_dist.metrics.console import LogLines, ProgressBar, wants_bar
 from esam_dist.metrics.health import Pulse, Server
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.metrics.prometheus import Exposition
 from esam_dist.metrics.rows import TrainRow, ValidationRow
 from esam_dist.progress import Progress
@@ -35,7 +35,7 @@ class Metrics:
     def __init__(
         self,
         folder: Path,
-        cfg: config.Metrics,
+        cfg: MetricsKeys,
         *,
         rank: int,
         local_rank: int,

@@ -8,8 +8,8 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from servers import ROOT, tool
 
-from esam_dist import config
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.metrics.prometheus import names
 from esam_dist.metrics.sinks import PUSHED_JOB
 from esam_dist.progress import Progress
@@ -46,7 +46,7 @@ def promtool(*arguments, **kwargs):
 def filled_registry(tmp_path):
     metrics = Metrics(
         tmp_path,
-        config.Metrics(),
+        MetricsKeys(),
         rank=0,
         local_rank=0,
         world_size=1,

@@ -6,10 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esam_dist.config import Config, Train
+from esam_dist.config import Config
 from esam_dist.data.order import Order, mix, permutation, share
 from esam_dist.progress import Progress
 from esam_dist.train import final_step
+from esam_dist.train_keys import TrainKeys
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -66,7 +67,7 @@ def test_changing_ranks_and_batch_size_mid_epoch_continues_the_same_sequence(see
 def test_to_the_end_of_training_all_ranks_take_the_same_number_of_full_batches_and_together_the_sequence(
     seed, counts, world_size, batch_size, epochs, samples_seen
 ):
-    order, cfg = Order(seed, counts, window=2), Config(train=Train(epochs=epochs))
+    order, cfg = Order(seed, counts, window=2), Config(train=TrainKeys(epochs=epochs))
     taken = []
     for rank in range(world_size):
         # As the training loop has it: each rank counts for itself, and asks when the last step is only once.

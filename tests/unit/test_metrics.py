@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow, jsonl, rewind
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.metrics.prometheus import HISTORY, PHASES, REASONS, names
 from esam_dist.progress import Progress
 
@@ -50,7 +50,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def build(folder, rank=0, standing=BEGINNING, **cfg):
     return Metrics(
         folder,
-        config.Metrics(**cfg),
+        MetricsKeys(**cfg),
         rank=rank,
         local_rank=rank,
         world_size=2,

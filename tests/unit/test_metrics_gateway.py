@@ -7,6 +7,7 @@ import pytest
 from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.metrics import Metrics
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.progress import Progress
 from tests.commands import free_port
 
@@ -14,7 +15,7 @@ from tests.commands import free_port
 def build(folder, **cfg):
     return Metrics(
         folder,
-        config.Metrics(**cfg),
+        MetricsKeys(**cfg),
         rank=0,
         local_rank=0,
         world_size=1,
@@ -47,7 +48,7 @@ def test_every_sink_is_closed_whatever_another_one_raises(tmp_path, monkeypatch)
     server, lines = metrics._server, metrics._rows
     monkeypatch.setattr(metrics._board, "close", refuse)
     monkeypatch.setattr(metrics, "_push", refuse)
-    monkeypatch.setattr(metrics, "_cfg", config.Metrics(gateway="http://127.0.0.1:9"))
+    monkeypatch.setattr(metrics, "_cfg", MetricsKeys(gateway="http://127.0.0.1:9"))
     with pytest.raises(RuntimeError, match="no room"):
         metrics.close()
     assert lines._file.closed

@@ -9,10 +9,10 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.metrics import Metrics
 from esam_dist.metrics.health import Pulse, Server
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.progress import Progress
 
 
@@ -108,7 +108,7 @@ def test_taken_port_is_one_line_with_key_value_and_remedy(tmp_path):
         with pytest.raises(UserError) as error:
             Metrics(
                 tmp_path,
-                config.Metrics(port=port - 1),
+                MetricsKeys(port=port - 1),
                 rank=1,
                 local_rank=1,
                 world_size=2,
@@ -138,7 +138,7 @@ def test_endpoint_lives_until_close(tmp_path):
         port = probe.getsockname()[1]
     metrics = Metrics(
         tmp_path,
-        config.Metrics(port=port),
+        MetricsKeys(port=port),
         rank=0,
         local_rank=0,
         world_size=1,
