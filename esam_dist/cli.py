@@ -227,21 +227,14 @@ def _average(cfg: config.Config, module: nn.Module, progress: Progress) -> Weigh
 def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, progress: Progress | None) -> Metrics:
     if progress is not None:
         rewind(folder, progress.step)
-    return Metrics(
-        folder,
-        cfg.metrics,
-        rank=ranks.rank,
-        local_rank=ranks.local_rank,
-        world_size=ranks.world_size,
-        progress=progress,
-        run_info={
-            "version": __version__,
-            "model": cfg.model.name,
-            "method": cfg.method.name,
-            "engine": cfg.engine.name,
-            "precision": cfg.train.precision,
-        },
-    )
+    run_info = {
+        "version": __version__,
+        "model": cfg.model.name,
+        "method": cfg.method.name,
+        "engine": cfg.engine.name,
+        "precision": cfg.train.precision,
+    }
+    return Metrics(folder, cfg.metrics, ranks, run_info, progress)
 
 
 def _catch_signals() -> Callable[[], bool]:

@@ -202,7 +202,7 @@ def _raw(root: Path, workers: int) -> Iterator[Any]:
     cfg = DataKeys(path=root / "shards", batch_size=BATCH, workers=workers, image_size=SIZE, augment="imagenet")
     split = open_split(cfg.path, "train")
     draws = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=BATCH, rank=0, world_size=1)
-    raws = load(split, cfg, draws, workers, train=True, pin=False)
+    raws = load(split, cfg, draws, train=True, pin=False)
     return ((raw.images.permute(0, 3, 1, 2), raw.labels) for raw in raws)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,21 +66,23 @@ class Skipped:
             )
 
 
+class TrainSource(NamedTuple):
+    """Where training batches come from."""
+
+    raws: Callable[[int], Iterable[Raw]]
+    """Endless, from a global position on."""
+    num_samples: int
+    class_names: list[str]
+    close: Callable[[], None] = lambda: None
+
+
 class TrainData:
     """The training set as this rank sees it: an endless sequence of full batches from any global position."""
 
-    def __init__(
-        self,
-        cfg: DataKeys,
-        raws: Callable[[int], Iterable[Raw]],
-        *,
-        num_samples: int,
-        class_names: list[str],
-        device: torch.device,
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.num_samples, self.class_names, self.num_classes = num_samples, class_names, len(class_names)
-        self._raws, self._close = raws, close
+    def __init__(self, cfg: DataKeys, source: TrainSource, device: torch.device) -> None:
+        self.num_samples, self.class_names = source.num_samples, source.class_names
+        self.num_classes = len(source.class_names)
+        self._source = source
         self._skipped = Skipped(cfg, endless=True)
         self._finish = Finish(cfg, device, self.num_classes, train=True)
 
@@ -91,11 +93,11 @@ class TrainData:
 
     def batches(self, samples_seen: int) -> Iterator[Batch]:
         """Full batches, endless, from global position `samples_seen` on. Raises UserError for too many bad samples."""
-        return self._finish(self._skipped.pass_on(self._raws(samples_seen)))
+        return self._finish(self._skipped.pass_on(self._source.raws(samples_seen)))
 
     def close(self) -> None:
         """Close the files; workers end with the iterator that started them."""
-        self._close()
+        self._source.close()
 
 
 class ValidationData:
@@ -107,10 +109,9 @@ class ValidationData:
         ids = np.array(share(split.num_samples, rank, world_size), np.int64)
         parts = [ids[start : start + cfg.batch_size] for start in range(0, len(ids), cfg.batch_size)]
         draws = [Draw(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
-        # Validation comes again and again: its workers stay.
-        self._raws = load(
-            split, cfg, draws, cfg.workers if draws else 0, train=False, pin=device.type == "cuda", keep=True
-        )
+        # Without a share there is no work.
+        used = cfg if draws else cfg.model_copy(update={"workers": 0})
+        self._raws = load(split, used, draws, train=False, pin=device.type == "cuda")
         self._skipped = Skipped(cfg, endless=False)
         self._finish = Finish(cfg, device, self.num_classes, train=False)
 
@@ -140,11 +141,9 @@ def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: 
 
     def raws(samples_seen: int) -> DataLoader[Any]:
         draws = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
-        return load(split, cfg, draws, cfg.workers, train=True, pin=device.type == "cuda")
+        return load(split, cfg, draws, train=True, pin=device.type == "cuda")
 
-    return TrainData(
-        cfg, raws, num_samples=split.num_samples, class_names=split.class_names, device=device, close=split.close
-    )
+    return TrainData(cfg, TrainSource(raws, split.num_samples, split.class_names, split.close), device)
 
 
 def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
@@ -155,7 +154,7 @@ def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: t
         at = Position(seed, rank, samples_seen, cfg.stream_samples, world_size * cfg.batch_size)
         return load_stream(StreamedBatches(cfg, len(class_names), at), pin=device.type == "cuda")
 
-    return TrainData(cfg, raws, num_samples=cfg.stream_samples, class_names=class_names, device=device)
+    return TrainData(cfg, TrainSource(raws, cfg.stream_samples, class_names), device)
 
 
 def open_validation(cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
@@ -174,13 +173,9 @@ class _Numbered:
         return enumerate(self._draws)
 
 
-def load(
-    split: Split, cfg: DataKeys, draws: Iterable[Draw], workers: int, *, train: bool, pin: bool, keep: bool = False
-) -> DataLoader[Any]:
-    """Raw batches of `draws`, in order, filled by `workers` processes; for one iterator at a time (see Ring).
-
-    `keep`: the workers stay, for another pass over `draws`.
-    """
+def load(split: Split, cfg: DataKeys, draws: Iterable[Draw], *, train: bool, pin: bool) -> DataLoader[Any]:
+    """Raw batches of `draws`, in order, filled by `data.workers` processes; for one iterator at a time (see Ring)."""
+    workers = cfg.workers
     return DataLoader(
         Samples(split, cfg, Ring(cfg, workers), train=train),  # type: ignore[arg-type]  # whole draws in, whole batches out
         batch_sampler=_Numbered(draws),  # type: ignore[arg-type]
@@ -189,7 +184,8 @@ def load(
         collate_fn=_as_is,
         pin_memory=pin,
         worker_init_fn=outlive_stop,
-        persistent_workers=keep and workers > 0,
+        # Validation comes again and again: its workers stay.
+        persistent_workers=not train and workers > 0,
         # Without its own, every iterator would draw from the generator that dropout uses.
         generator=torch.Generator(),
     )

@@ -9,19 +9,12 @@ from esam_dist.errors import UserError
 from esam_dist.metrics import Metrics
 from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.progress import Progress
+from esam_dist.ranks import Ranks
 from tests.commands import free_port
 
 
 def build(folder, **cfg):
-    return Metrics(
-        folder,
-        MetricsKeys(**cfg),
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        run_info={},
-        progress=Progress(planned_steps=100),
-    )
+    return Metrics(folder, MetricsKeys(**cfg), Ranks(), {}, Progress(planned_steps=100))
 
 
 def test_missing_gateway_is_a_warning_and_no_failure(tmp_path, caplog):
