@@ -201,8 +201,8 @@ def _raw(root: Path, workers: int) -> Iterator[Any]:
     """What a GPU is sent, which then normalises: bytes."""
     cfg = DataKeys(path=root / "shards", batch_size=BATCH, workers=workers, image_size=SIZE, augment="imagenet")
     split = open_split(cfg.path, "train")
-    draws = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=BATCH, rank=0, world_size=1)
-    raws = load(split, cfg, draws, train=True, pin=False)
+    picks = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=BATCH, rank=0, world_size=1)
+    raws = load(split, cfg, picks, train=True, pin=False)
     return ((raw.images.permute(0, 3, 1, 2), raw.labels) for raw in raws)
 
 

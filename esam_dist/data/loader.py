@@ -15,7 +15,7 @@ from esam_dist.data.dataset import Split, open_split, read_description
 from esam_dist.data.device import Batch, Finish
 from esam_dist.data.keys import DataKeys
 from esam_dist.data.open_files import check_open_files
-from esam_dist.data.order import Draw, Order, share
+from esam_dist.data.order import Order, Picks, share
 from esam_dist.data.raw import AHEAD, Raw, Ring
 from esam_dist.data.samples import Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
@@ -108,10 +108,10 @@ class ValidationData:
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
         ids = np.array(share(split.num_samples, rank, world_size), np.int64)
         parts = [ids[start : start + cfg.batch_size] for start in range(0, len(ids), cfg.batch_size)]
-        draws = [Draw(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
+        picks = [Picks(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
         # Without a share there is no work.
-        used = cfg if draws else cfg.model_copy(update={"workers": 0})
-        self._raws = load(split, used, draws, train=False, pin=device.type == "cuda")
+        used = cfg if picks else cfg.model_copy(update={"workers": 0})
+        self._raws = load(split, used, picks, train=False, pin=device.type == "cuda")
         self._skipped = Skipped(cfg, endless=False)
         self._finish = Finish(cfg, device, self.num_classes, train=False)
 
@@ -140,8 +140,8 @@ def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: 
     order = Order(seed, split.counts, cfg.shuffle_window, cfg.repeats)
 
     def raws(samples_seen: int) -> DataLoader[Any]:
-        draws = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
-        return load(split, cfg, draws, train=True, pin=device.type == "cuda")
+        picks = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
+        return load(split, cfg, picks, train=True, pin=device.type == "cuda")
 
     return TrainData(cfg, TrainSource(raws, split.num_samples, split.class_names, split.close), device)
 
@@ -164,21 +164,21 @@ def open_validation(cfg: DataKeys, *, rank: int, world_size: int, device: torch.
 
 
 class _Numbered:
-    """The draws of every pass, counted from 0."""
+    """The picks of every pass, counted from 0."""
 
-    def __init__(self, draws: Iterable[Draw]) -> None:
-        self._draws = draws
+    def __init__(self, picks: Iterable[Picks]) -> None:
+        self._picks = picks
 
-    def __iter__(self) -> Iterator[tuple[int, Draw]]:
-        return enumerate(self._draws)
+    def __iter__(self) -> Iterator[tuple[int, Picks]]:
+        return enumerate(self._picks)
 
 
-def load(split: Split, cfg: DataKeys, draws: Iterable[Draw], *, train: bool, pin: bool) -> DataLoader[Any]:
-    """Raw batches of `draws`, in order, filled by `data.workers` processes; for one iterator at a time (see Ring)."""
+def load(split: Split, cfg: DataKeys, picks: Iterable[Picks], *, train: bool, pin: bool) -> DataLoader[Any]:
+    """Raw batches of `picks`, in order, filled by `data.workers` processes; for one iterator at a time (see Ring)."""
     workers = cfg.workers
     return DataLoader(
-        Samples(split, cfg, Ring(cfg, workers), train=train),  # type: ignore[arg-type]  # whole draws in, whole batches out
-        batch_sampler=_Numbered(draws),  # type: ignore[arg-type]
+        Samples(split, cfg, Ring(cfg, workers), train=train),  # type: ignore[arg-type]  # whole picks in, whole batches out
+        batch_sampler=_Numbered(picks),  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
         collate_fn=_as_is,

@@ -29,8 +29,8 @@ def settings(path: Path, **values) -> DataKeys:
 
 def raw_batches(cfg: DataKeys, workers: int, *, pin: bool = False, start_method: str = "fork"):
     split = open_split(cfg.path, "train")
-    draws = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=cfg.batch_size, rank=0, world_size=1)
-    loader = load(split, cfg.model_copy(update={"workers": workers}), draws, train=True, pin=pin)
+    picks = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=cfg.batch_size, rank=0, world_size=1)
+    loader = load(split, cfg.model_copy(update={"workers": workers}), picks, train=True, pin=pin)
     if workers:
         loader.multiprocessing_context = start_method
     return iter(loader)
