@@ -12,9 +12,9 @@ from torch import nn
 
 from esam_dist.errors import UserError
 from esam_dist.methods.directions import Directed
-from esam_dist.methods.method import Faults, Setup
+from esam_dist.methods.method import Setup
 from esam_dist.schedule import Schedule
-from esam_dist.section import Share
+from esam_dist.section import Faults, Share
 from esam_dist.step import Moment, Step
 from esam_dist.step import swp as weights
 from esam_dist.step.perturbation import radius

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from esam_dist.averaging import WeightAverage, recompute_batchnorm
-from esam_dist.engine import build_engine
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step import Moment
 from esam_dist.train import micro_batch
 from tests.multiprocess.cluster import Cluster
-from tests.multiprocess.problem import configuration, make_batch, make_network, rank_batch
+from tests.multiprocess.problem import configuration, engine_of, make_batch, make_network, rank_batch
 from tests.multiprocess.test_parity import ENGINES
 
 STEPS = 6
@@ -33,7 +32,7 @@ def trained(ranks: Ranks, engine_name: str, kind: str, averages: bool) -> dict[s
     """What one rank has after some updates of which it kept the average, validated along the way, and saved once."""
     cfg = configuration({"name": "sam"}, engine=ENGINES[engine_name])
     classifier = Classifier(make_network(torch.float32), cfg.train.precision)
-    engine = build_engine(classifier, cfg, ranks)
+    engine = engine_of(classifier, cfg, ranks)
     trainer = SharpnessAware.over(engine, cfg.method, ranks)
     average, weights = WeightAverage(classifier, kind, **KINDS[kind]), []  # type: ignore[arg-type]
     for step in range(STEPS):

@@ -54,7 +54,7 @@ class Plan:
     encoding: Encoding = field(default_factory=Encoding)
 
 
-class Job(NamedTuple):
+class ShardJob(NamedTuple):
     """One shard to write: which samples, in which order."""
 
     split: str
@@ -99,31 +99,31 @@ def _claim(out: Path, fingerprint: dict[str, Any]) -> None:
     (out / PLAN).write_text(json.dumps(fingerprint))
 
 
-def _jobs(source: Source, split: str, plan: Plan) -> Iterator[Job]:
+def _jobs(source: Source, split: str, plan: Plan) -> Iterator[ShardJob]:
     num_samples = len(source.labels[split])
     if num_samples == 0:
         raise UserError(f"{source.name}: the split {split!r} is empty; give more images or another share")
     order = np.argsort(mix(plan.seed, _ORDER, np.arange(num_samples)))
     first_key = 0
     for number, part in enumerate(np.array_split(order, -(-num_samples // plan.samples_per_shard))):
-        yield Job(split, number, part.tolist(), first_key)
+        yield ShardJob(split, number, part.tolist(), first_key)
         first_key += len(part)
 
 
-def _write_all(source: Source, out: Path, plan: Plan, jobs: list[Job], workers: int) -> None:
+def _write_all(source: Source, out: Path, plan: Plan, jobs: list[ShardJob], workers: int) -> None:
     with _Progress(sum(len(job.samples) for job in jobs)) as progress:
         for num_samples in results(partial(_write, source, out, plan.encoding), jobs, workers):
             progress.add(num_samples)
 
 
-def _write(source: Source, out: Path, encoding: Encoding, job: Job) -> int:
+def _write(source: Source, out: Path, encoding: Encoding, job: ShardJob) -> int:
     info = write_shard(job.path(out), _samples(source, encoding, job), job.first_key)
     if info.samples == 0:
         raise UserError(f"{source.name}: no image of {job.path(out).name} ({job.split}) can be read; repair the source")
     return len(job.samples)
 
 
-def _samples(source: Source, encoding: Encoding, job: Job) -> Iterator[Sample]:
+def _samples(source: Source, encoding: Encoding, job: ShardJob) -> Iterator[Sample]:
     for sample in job.samples:
         try:
             image, suffix = encoding(*source.read(job.split, sample))
@@ -133,7 +133,7 @@ def _samples(source: Source, encoding: Encoding, job: Job) -> Iterator[Sample]:
         yield Sample(image, suffix, source.labels[job.split][sample])
 
 
-def _describe(source: Source, out: Path, jobs: list[Job], fingerprint: dict[str, Any]) -> None:
+def _describe(source: Source, out: Path, jobs: list[ShardJob], fingerprint: dict[str, Any]) -> None:
     splits = {}
     for split in source.labels:
         own = [job for job in jobs if job.split == split]
