@@ -101,8 +101,8 @@ def train(run: Training) -> bool:
         if stops:
             return is_last
     if trainer.ranks.is_first and progress.step:
-        share = progress.sharp_updates / progress.step
-        logger.info("%d of %d updates were sharpness-aware (%.0f%%)", progress.sharp_updates, progress.step, 100 * share)
+        sharp = progress.sharp_updates
+        logger.info("%d of %d updates were sharpness-aware (%.0f%%)", sharp, progress.step, 100 * sharp / progress.step)
     return True
 
 
