@@ -42,9 +42,9 @@ class Options(TypedDict, total=False):
     seed: int
     """Of every random draw: perturbed weights, random scores, dropout. 0."""
     total_updates: int
-    """Of the whole training, which a method's `phase` divides. 0: unknown."""
+    """Of the whole training, of which a method's `phase` is a share. 0: unknown."""
     updates_per_epoch: int
-    """Which schedules of `rho`, `beta` and `gamma` need. 0: unknown."""
+    """Needed for schedules of `rho`, `beta` and `gamma`. 0: unknown."""
 
 
 class SharpnessAware:

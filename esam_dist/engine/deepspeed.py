@@ -46,7 +46,7 @@ def initialize(
     module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, ds_config: dict[str, Any], timeout_seconds: float
 ) -> Any:
     """`deepspeed.initialize`, quietly, and with `timeout_seconds` for every collective."""
-    # Said beforehand, it is not guessed with a warning.
+    # Set beforehand: DeepSpeed would guess it, with a warning.
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     import deepspeed
 
@@ -155,8 +155,8 @@ class DeepSpeedEngine(Engine):
         ]
 
     def _whole(self, params: list[nn.Parameter], read: Callable[[nn.Parameter], Any]) -> list[Any]:
-        """What `read`, a collective, returns for each of `params`. It is called for all others too: each rank may have
-        drawn weights of its own, and all must take part in the same calls.
+        """What `read`, a collective, returns for each of `params`. It is called for the others too: each rank may have
+        drawn weights of its own, but all must take part in the same calls.
         """
         wanted, found = set(params), {}
         for _, param in self._trainable():

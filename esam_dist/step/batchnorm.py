@@ -32,7 +32,7 @@ def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
 class GroupStatistics:
     """Running statistics of groups that share an update, as if each group were on a rank of its own.
 
-    Every group begins at the same start, and the ends are averaged. So the statistics do not depend on how the groups
+    Every group starts from the same statistics, and the results are averaged. So they do not depend on how the groups
     are spread over ranks.
     """
 

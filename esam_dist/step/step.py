@@ -43,7 +43,7 @@ class StepStats(NamedTuple):
     """What one step measured on this rank: scalars on the device, so that nothing waits for them."""
 
     loss: Tensor
-    """Mean loss of the batch at the unperturbed weights (at the perturbed ones where no others were visited)."""
+    """Mean loss of the batch at the unperturbed weights (at the perturbed ones, where the step visits no others)."""
     sharpness: Tensor
     """Mean rise of the loss under the perturbation, over the samples evaluated at both; nan where there are none."""
     num_kept: Tensor
@@ -57,7 +57,7 @@ class StepStats(NamedTuple):
 
     @staticmethod
     def merged(groups: list[StepStats]) -> StepStats:
-        """Of a batch whose groups have made a step each."""
+        """Those of a batch whose groups have made a step each."""
         if len(groups) == 1:
             return groups[0]
         loss, sharpness, num_kept, threshold, skipped, grad_norm = (
@@ -79,10 +79,10 @@ class Step:
     state: MethodState
     clock: PhaseClock
     autocast: torch.dtype | None = None
-    """Of forward passes and losses; None: as the caller has it."""
+    """Type of autocast around forward passes and losses; None: what the caller has set."""
 
     _first_pass: Randomness | None = field(default=None, init=False)
-    """What dropout drew from in the first pass; None before it."""
+    """The random state at the first pass, from which dropout drew; None before it."""
     _loss_B: Tensor | None = field(default=None, init=False)
     """At the unperturbed weights."""
     _loss: Tensor | None = field(default=None, init=False)
@@ -102,7 +102,7 @@ class Step:
         return swp.draw(self.engine.module, mode, beta, self.generator)
 
     def choice(self, sds: Sds) -> Choice:
-        """SDS: the samples of the descent, to be known as soon as the scores are; ended by `descend`."""
+        """SDS: begin to choose the samples of the descent, as soon as their scores are known; `descend` ends it."""
         self._choice = choice = Choice(sds, len(self.examples), self.ranks)
         if choice.keeps_all:
             return choice
@@ -127,9 +127,9 @@ class Step:
         return swp.compensated(found, over, self.generator) if isinstance(over, swp.Draw) else found
 
     def look(self) -> None:
-        """A pass at w for what the scores need of it, where no gradient has been taken there."""
+        """A forward pass at w, if the scores need one and no gradient has been taken there."""
         choice = self._choice
-        # After a pass, another would draw its own dropout: the rise of a loss would be the difference of two draws.
+        # A second pass would draw another dropout, and the rise of a loss would be the difference of two draws.
         if choice is None or choice.keeps_all or choice.is_begun or self._loss_B is not None:
             return
         with torch.set_grad_enabled(choice.head is not None):
@@ -152,9 +152,9 @@ class Step:
 
     @contextmanager
     def at(self, eps: Perturbation, *, keep: bool = False) -> Iterator[None]:
-        """Inside the block the weights are `w + eps`; behind it they are `w` again, to the bit.
+        """Inside the block the weights are `w + eps`; afterwards they are `w` again, to the bit.
 
-        The direction's memory is used up, unless it is to `keep`: then it holds zeros where it was not finite.
+        The direction's memory is used up. With `keep` it is not, and a direction that was not finite becomes all zeros.
         """
         self._finite = eps.finite
         if keep and eps.direction.tensors:
@@ -171,7 +171,7 @@ class Step:
     def descend(self, choice: Choice | None = None, *, mixed: Vector | None = None, share: float = 0.0) -> None:
         """The update's gradient: that of the mean loss of the chosen samples over all ranks, where the weights are.
 
-        With `mixed`, a gradient of this rank's, that one takes the `share` of the whole.
+        With `mixed`, a gradient of this rank's own, that one makes up the `share` of the whole.
         """
         kept = self._select(choice)
         examples = self.examples if kept is None else self.examples[kept.index_D]
@@ -196,7 +196,7 @@ class Step:
         return Vector(vector.params, self.ranks.average(vector.tensors), vector.over_shards)
 
     def averaged_later(self, vector: Vector, then: Callable[[Vector], None]) -> None:
-        """Begin to average `vector` over ranks; `then` is called with the mean, an own copy, when the step ends."""
+        """Begin to average `vector` over ranks; `then` is called with the mean, a copy, when the step ends."""
         pending = self.ranks.average_later(vector.tensors)
         self._at_end.append(lambda: then(Vector(vector.params, pending.wait(), vector.over_shards)))
 
@@ -227,7 +227,7 @@ class Step:
         )
 
     def _pass(self, of: Tensor | None) -> Tensor:
-        """Losses for `gradient`, and what is learned from the outputs on the way."""
+        """Losses for `gradient`; notes what scores and statistics need of the outputs."""
         examples = self.examples if of is None else self.examples[of]
         choice = None if self._is_perturbed or self._choice is None or self._choice.is_begun else self._choice
         if choice is not None and choice.head is not None:
@@ -242,7 +242,7 @@ class Step:
         return loss_B
 
     def _forward(self, forward: Callable[[Tree], Any], examples: Examples) -> tuple[Any, Tensor]:
-        """Outputs and losses of one pass; of all in a step, the first moves BatchNorm's statistics."""
+        """Outputs and losses of one pass; only the first pass of a step moves BatchNorm's statistics."""
         is_first, device = self._first_pass is None, examples.device
         if is_first:
             self._first_pass = Randomness.now(device)
@@ -290,5 +290,5 @@ class Step:
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Without a wait: from pageable memory the host would stand until the device has done all before."""
+    """Without waiting: from pageable memory, the host would stand until the device has done all earlier work."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
