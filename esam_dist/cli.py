@@ -196,7 +196,10 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
     device = Ranks.from_environment().device
     network = build_model(cfg.model.name, num_classes)
     classifier = Classifier(network, cfg.train.precision, channels_last=cfg.train.channels_last).to(device)
-    cfg.method.prepare(classifier)
+    try:
+        cfg.method.prepare(classifier)
+    except UserError as error:
+        raise UserError(f"model.name = {cfg.model.name}: {error}") from None
     if cfg.train.compile:
         compile_network(network, by_block=cfg.method.stops_early)
     return classifier

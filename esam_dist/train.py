@@ -100,6 +100,9 @@ def train(run: Training) -> bool:
             window.restart()
         if stops:
             return is_last
+    if trainer.ranks.is_first and progress.step:
+        sharp = progress.sharp_updates
+        logger.info("%d of %d updates were sharpness-aware (%.0f%%)", sharp, progress.step, 100 * sharp / progress.step)
     return True
 
 

@@ -53,7 +53,9 @@ class ESAM(Directed):
         """See `Method`."""
         super().prepare(module)
         if self.swp == "norm" and not weights.has_norms(module):
-            raise UserError("method.swp = norm perturbs normalisation layers, and this network has none; use tensor")
+            raise UserError(
+                "method.swp = norm perturbs normalisation layers, and this network has none; use method.swp = tensor"
+            )
 
     def faults(self, setup: Setup) -> Faults:
         """See `Method`."""

@@ -133,7 +133,7 @@ def test_mixed_labels_are_soft_sum_to_one_and_fit_the_images(root, recipe):
             for scope in ("rank", "global")
         ),
         {"score": "forward", "scope": "rank", "group_size": 4},
-        {"score": "random", "scope": "rank", "descent": "recycled_exact", "beta": 1.0},
+        {"name": "recycled", "score": "random", "scope": "rank", "exact": True},
         {"transport": "thresholds"},
         *({"name": name} for name in ("sgd", "sam", "gsam")),
     ],
@@ -141,13 +141,14 @@ def test_mixed_labels_are_soft_sum_to_one_and_fit_the_images(root, recipe):
 )
 def test_soft_labels_go_through_every_step_to_a_checkpoint(tiny, tmp_path, mixed, method):
     changes = [f"data.{key}={value}" for key, value in mixed.items()]
-    changes += [f"method.{key}={value}" for key, value in ({"gamma": 0.5} | method).items()]
+    keeps_half = method.get("name", "recycled") == "recycled"
+    changes += [f"method.{key}={value}" for key, value in (({"gamma": 0.5} if keeps_half else {}) | method).items()]
     answer = here("train", tiny, f"run.folder={tmp_path}", *changes, "train.max_steps=3", "train.label_smoothing=0.1")
     assert answer.status == 0, answer.err
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert all(1.0 < loss < 4.0 for loss in losses)
-    share = 1.0 if method.get("name") else 0.5
+    share = 0.5 if keeps_half else 1.0
     assert [row["kept_fraction"] for row in rows if row["kind"] == "train"] == [share] * 3
 
 

@@ -39,7 +39,9 @@ ROW = TrainRow(
     skipped_samples={"checksum": 2},
     phases={"ascent": [0.1, 0.3], "descent": [0.2, 0.2]},
 )
-VALIDATION = ValidationRow(step=10, epoch=0.5, accuracy=0.9, top5_accuracy=0.99, loss=0.3, seconds=1.5)
+VALIDATION = ValidationRow(
+    step=10, epoch=0.5, accuracy=0.9, top5_accuracy=0.99, loss=0.3, seconds=1.5, averaged_accuracy=0.91
+)
 DESIGN_KEYS = ["kind", "step", "epoch", "loss", "lr", "grad_norm", "sharpness", "kept_fraction", "images_per_second"]
 
 

@@ -17,7 +17,9 @@ PAGES = tables.pages()
 def commands():
     """Every `esam-dist ...` and `-m esam_dist ...` in the blocks of the pages, as arguments."""
     text = "\n".join(page.read_text() for page in PAGES)
-    for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    # A block of a language, such as Python, begins otherwise; its end must not be taken for a beginning.
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for block in [block for language, block in blocks if language in ("", "sh")]:
         for line in block.replace("\\\n", " ").splitlines():
             _, found, arguments = re.sub(r"(-m|--module) esam_dist ", "esam-dist ", line).partition("esam-dist ")
             if found:
