@@ -26,7 +26,6 @@ from esam_dist.data.prepare.processes import results
 from esam_dist.data.prepare.source import Source
 from esam_dist.data.raw import Skip
 from esam_dist.data.shards import (
-    PARTIAL,
     Entries,
     Sample,
     ShardInfo,
@@ -34,9 +33,9 @@ from esam_dist.data.shards import (
     parsed,
     read_index,
     write_shard,
-    written_beside,
 )
 from esam_dist.errors import UserError
+from esam_dist.files import remove_partial, write_file
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +79,9 @@ def write_dataset(source: Source, out: Path, plan: Plan, *, workers: int = 0) ->
         log.info("%s: %d of %d shards are there already", out, len(jobs) - len(waiting), len(jobs))
     _write_all(source, out, plan, waiting, workers)
     _describe(source, out, jobs, fingerprint)
-    for leftover in (*out.rglob(f"*{PARTIAL}"), out / PLAN):
-        leftover.unlink(missing_ok=True)
+    for folder in (out, *(out / split for split in source.labels)):
+        remove_partial(folder)
+    (out / PLAN).unlink(missing_ok=True)
 
 
 def _claim(out: Path, fingerprint: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ def _claim(out: Path, fingerprint: dict[str, Any]) -> None:
             if held != fingerprint:
                 raise UserError(f"OUT = {out}: holds data prepared otherwise ({name}); delete it or choose another")
     out.mkdir(parents=True, exist_ok=True)
-    (out / PLAN).write_text(json.dumps(fingerprint))
+    write_file(out / PLAN, json.dumps(fingerprint))
 
 
 def _jobs(source: Source, split: str, plan: Plan) -> Iterator[ShardJob]:
@@ -157,10 +157,9 @@ def list_split(parts: Sequence[tuple[Path, ShardInfo, Entries]], num_classes: in
 def write_description(
     out: Path, name: str, class_names: list[str], splits: dict[str, ListedSplit], plan: dict[str, Any]
 ) -> None:
-    """Write `dataset.json`, beside and renamed."""
+    """Write `dataset.json`, in one move."""
     description = Description(format=2, name=name, classes=class_names, splits=splits, plan=plan)
-    with written_beside(out / DESCRIPTION) as partial_path:
-        partial_path.write_text(json.dumps(description.model_dump(), indent=1) + "\n")
+    write_file(out / DESCRIPTION, json.dumps(description.model_dump(), indent=1) + "\n")
 
 
 class _Progress:
