@@ -198,7 +198,9 @@ class Step:
     def averaged_later(self, vector: Vector, then: Callable[[Vector], None]) -> None:
         """Begin to average `vector` over ranks; `then` is called with the mean, a copy, when the step ends."""
         pending = self.ranks.average_later(vector.tensors)
-        self._at_end.append(lambda: then(Vector(vector.params, pending.wait(), vector.over_shards)))
+        # Not the vector itself: its memory is the perturbation's.
+        params, over_shards = vector.params, vector.over_shards
+        self._at_end.append(lambda: then(Vector(params, pending.wait(), over_shards)))
 
     def averaged(self) -> Vector | None:
         """The averaged gradient of the update, whole, where this micro-batch is its last; else None."""
