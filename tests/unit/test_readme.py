@@ -17,11 +17,23 @@ PAGES = tables.pages()
 def commands():
     """Every `esam-dist ...` and `-m esam_dist ...` in the blocks of the pages, as arguments."""
     text = "\n".join(page.read_text() for page in PAGES)
-    for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
+    # Blocks of a language are matched too, for else their end would be taken for a beginning.
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        for line in [] if language else block.replace("\\\n", " ").splitlines():
             _, found, arguments = re.sub(r"(-m|--module) esam_dist ", "esam-dist ", line).partition("esam-dist ")
             if found:
                 yield shlex.split(re.split(r" [|>] ", arguments)[0], comments=True)
+
+
+def overrides():
+    """Every `section.key=value ...` in a line of the pages; what is to be filled in stands in capitals."""
+    for page in PAGES:
+        lines = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for code in re.findall(r"`([^`\n]+=[^`\n]+)`", lines):
+            words = shlex.split(code) if code.count("'") % 2 == 0 else [code]
+            sections = {re.fullmatch(r"(\w+)\.\w+=(?![A-Z]+$).+", word) for word in words}
+            if None not in sections and {found[1] for found in sections} <= config.Config.model_fields.keys():
+                yield pytest.param(words, id=f"{page.name}: {code}")
 
 
 def anchors(page):
@@ -43,8 +55,14 @@ def test_every_table_has_one_place():
 @pytest.mark.parametrize("arguments", list(commands()), ids=" ".join)
 def test_every_command_of_the_pages_is_understood(arguments):
     args = _parser().parse_args(arguments)
-    if arguments[0] == "train":
+    # What is to be filled in stands in capitals.
+    if arguments[0] == "train" and args.config != Path("CONFIG"):
         config.load(ROOT / args.config, args.overrides)
+
+
+@pytest.mark.parametrize("words", list(overrides()))
+def test_every_override_of_the_pages_is_taken(words):
+    config.load(ROOT / "configs/digits_esam.yaml", words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
