@@ -22,7 +22,7 @@ from esam_dist import __version__, config, launch, report
 from esam_dist.averaging import WeightAverage, averaged_model
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
-from esam_dist.engine import build_engine
+from esam_dist.engine import MicroBatches, build_engine
 from esam_dist.errors import LossNotFiniteError, UserError
 from esam_dist.evaluate import evaluate
 from esam_dist.lock import locked
@@ -124,7 +124,9 @@ def _train(args: argparse.Namespace) -> int:
             closing(_open_metrics(cfg, ranks, folder, progress)) as metrics,
             joined(cfg.engine.collective_timeout_seconds),
         ):
-            trainer = SharpnessAware.over(build_engine(module, cfg, ranks), cfg.method, ranks, seed=cfg.run.seed)
+            batches = MicroBatches.of(cfg.data.batch_size, cfg.train, cfg.method)
+            engine = build_engine(module, ranks, cfg.optim, cfg.engine, batches)
+            trainer = SharpnessAware.over(engine, cfg.method, ranks, seed=cfg.run.seed)
             saved, progress = ranks.share((saved, progress))
             assert progress is not None
             metrics.take_up(progress)
@@ -194,7 +196,10 @@ def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
     device = Ranks.from_environment().device
     network = build_model(cfg.model.name, num_classes)
     classifier = Classifier(network, cfg.train.precision, channels_last=cfg.train.channels_last).to(device)
-    cfg.method.prepare(classifier)
+    try:
+        cfg.method.prepare(classifier)
+    except UserError as error:
+        raise UserError(f"model.name = {cfg.model.name}: {error}") from None
     if cfg.train.compile:
         compile_network(network, by_block=cfg.method.stops_early)
     return classifier
@@ -225,21 +230,14 @@ def _average(cfg: config.Config, module: nn.Module, progress: Progress) -> Weigh
 def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, progress: Progress | None) -> Metrics:
     if progress is not None:
         rewind(folder, progress.step)
-    return Metrics(
-        folder,
-        cfg.metrics,
-        rank=ranks.rank,
-        local_rank=ranks.local_rank,
-        world_size=ranks.world_size,
-        progress=progress,
-        run_info={
-            "version": __version__,
-            "model": cfg.model.name,
-            "method": cfg.method.name,
-            "engine": cfg.engine.name,
-            "precision": cfg.train.precision,
-        },
-    )
+    run_info = {
+        "version": __version__,
+        "model": cfg.model.name,
+        "method": cfg.method.name,
+        "engine": cfg.engine.name,
+        "precision": cfg.train.precision,
+    }
+    return Metrics(folder, cfg.metrics, ranks, run_info, progress)
 
 
 def _catch_signals() -> Callable[[], bool]:

@@ -16,14 +16,14 @@ PARTIAL = ".partial"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` when the block ends well; else `path` stays as it was.
+    """A file to write and read, which takes the place of `path` when the block ends well; else `path` stays as it was.
 
     Whoever reads `path`, also after a power cut, finds the old content or the new. Its name is its own, so that two
     processes that write the same path do not mix. Raises OSError when the disk refuses.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
-        with beside.open("xb") as file:
+        with beside.open("x+b") as file:
             yield file
             flush_file(file)
         beside.replace(path)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esam_dist.errors import UserError, printable
+from esam_dist.files import flush_file
 
 if TYPE_CHECKING:
     from esam_dist.ranks import Ranks
@@ -130,8 +131,7 @@ class Lock:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(self._content)
-                file.flush()
-                os.fsync(file.fileno())
+                flush_file(file)
         except OSError:
             self._path.unlink()
             raise

@@ -10,6 +10,7 @@ from torch import nn
 
 from esam_dist import config
 from esam_dist.checkpoint import STEP, Checkpoints, read
+from esam_dist.engine.keys import OptimKeys
 from esam_dist.errors import UserError
 from esam_dist.soundness import State
 
@@ -115,7 +116,7 @@ def fit_optimizer(path: Path, state: State, cfg: config.Config, module: nn.Modul
     state["engine"]["optimizer"] = {name: entry for name, entry in updated_first if entry or not native}
 
 
-def _kept_by(optim: config.Optim) -> set[str]:
+def _kept_by(optim: OptimKeys) -> set[str]:
     if optim.name == "adamw":
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"momentum_buffer"} if optim.momentum else set()

@@ -81,25 +81,28 @@ class Schedule:
         return [list(knot) for knot in self.knots]
 
 
-def learning_rate(
-    epoch: float,
-    *,
-    peak: float,
-    epochs: float,
-    schedule: str = "cosine",
-    warmup_epochs: float = 0.0,
-    step_epochs: Sequence[float] = (),
-    step_factor: float = 0.1,
-) -> float:
-    """The learning rate at `epoch`: linear warm-up from 0 to `peak`, then cosine to 0, steps, or constant."""
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    if schedule == "constant":
-        return peak
-    if schedule == "step":
-        return float(peak * step_factor ** sum(epoch >= milestone for milestone in step_epochs))
-    share = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
+@dataclass(frozen=True)
+class LearningRate:
+    """A rate by epoch: linear warm-up from 0 to `peak`, then cosine to 0 at the end, steps, or constant."""
+
+    peak: float
+    epochs: float
+    """All of the training."""
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    step_epochs: Sequence[float] = ()
+    step_factor: float = 0.1
+
+    def __call__(self, epoch: float) -> float:
+        """The rate at `epoch`."""
+        if epoch < self.warmup_epochs:
+            return self.peak * epoch / self.warmup_epochs
+        if self.schedule == "constant":
+            return self.peak
+        if self.schedule == "step":
+            return float(self.peak * self.step_factor ** sum(epoch >= milestone for milestone in self.step_epochs))
+        share = (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-12)
+        return self.peak * 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
 
 
 def _is_number(value: Any) -> bool:

@@ -35,6 +35,10 @@ Share = Annotated[Schedule, AfterValidator(_shares)]
 Radius = Annotated[Schedule, AfterValidator(_radii)]
 
 
+Faults = list[tuple[bool, str]]
+"""Whether a combination of keys is refused, and the words."""
+
+
 class Section(BaseModel):
     """One section of the file: unknown keys are refused, text is not taken for a number."""
 

@@ -21,7 +21,7 @@ from esam_dist.errors import CheckpointNotWrittenError, LossNotFiniteError, User
 from esam_dist.evaluate import Evaluation, evaluate
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
 from esam_dist.progress import Progress
-from esam_dist.schedule import learning_rate
+from esam_dist.schedule import LearningRate
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step import Moment, StepStats
 
@@ -100,6 +100,9 @@ def train(run: Training) -> bool:
             window.restart()
         if stops:
             return is_last
+    if trainer.ranks.is_first and progress.step:
+        sharp = progress.sharp_updates
+        logger.info("%d of %d updates were sharpness-aware (%.0f%%)", sharp, progress.step, 100 * sharp / progress.step)
     return True
 
 
@@ -137,15 +140,10 @@ def final_step(cfg: config.Config, progress: Progress, num_samples: int, samples
 def learning_rate_at(epoch: float, cfg: config.Config) -> float:
     """The rate of the update that begins at `epoch`."""
     optim = cfg.optim
-    return learning_rate(
-        epoch,
-        peak=optim.lr,
-        epochs=cfg.train.epochs,
-        schedule=optim.schedule,
-        warmup_epochs=optim.warmup_epochs,
-        step_epochs=optim.step_epochs,
-        step_factor=optim.step_factor,
+    rate = LearningRate(
+        optim.lr, cfg.train.epochs, optim.schedule, optim.warmup_epochs, optim.step_epochs, optim.step_factor
     )
+    return rate(epoch)
 
 
 class Window:

@@ -27,7 +27,7 @@ from benchmarks.coordination.draws import RESULTS, Row, mixture
 from benchmarks.coordination.network import model_transport
 from benchmarks.coordination.plots import plot_overflow, plot_stragglers, plot_thresholds, plot_transport
 from benchmarks.coordination.rules import quantiles_of_ranks, simulate_stragglers, simulate_thresholds
-from esam_dist import selection
+from esam_dist.step import selection
 
 
 def measure_compute() -> list[Row]:

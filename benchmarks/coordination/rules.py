@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.coordination.draws import NUM_RANKS, SCORES, Row, num_trials
-from esam_dist import selection
+from esam_dist.step import selection
 
 FACTORS = [1.0, 1.25, 1.5, 2.0, math.inf]
 

@@ -35,9 +35,9 @@ import webdataset
 from torchvision.transforms import v2
 
 from benchmarks.data.photographs import jpeg, photograph
-from esam_dist import config
 from esam_dist.data import open_train
 from esam_dist.data.dataset import open_split
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.loader import load
 from esam_dist.data.order import Order
 from esam_dist.data.prepare.encode import JPEGTRAN, Encoding
@@ -174,7 +174,7 @@ def _make(folder: Path, num_images: int) -> dict[str, Path]:
 
 
 def _ours(root: Path, workers: int, **values: Any) -> Iterator[Any]:
-    cfg = config.Data(
+    cfg = DataKeys(
         path=root / "shards", batch_size=BATCH, workers=workers, image_size=SIZE, augment="imagenet", **values
     )
     return open_train(cfg, seed=0, rank=0, world_size=1, device=torch.device("cpu")).batches(0)
@@ -199,10 +199,10 @@ def _recipe() -> v2.Compose:
 
 def _raw(root: Path, workers: int) -> Iterator[Any]:
     """What a GPU is sent, which then normalises: bytes."""
-    cfg = config.Data(path=root / "shards", batch_size=BATCH, workers=workers, image_size=SIZE, augment="imagenet")
+    cfg = DataKeys(path=root / "shards", batch_size=BATCH, workers=workers, image_size=SIZE, augment="imagenet")
     split = open_split(cfg.path, "train")
-    draws = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=BATCH, rank=0, world_size=1)
-    raws = load(split, cfg, draws, workers, train=True, pin=False)
+    picks = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=BATCH, rank=0, world_size=1)
+    raws = load(split, cfg, picks, train=True, pin=False)
     return ((raw.images.permute(0, 3, 1, 2), raw.labels) for raw in raws)
 
 

@@ -1,4 +1,4 @@
-"""The configuration: typed sections, strict YAML, `section.key=value` overrides, saved with the run.
+"""The configuration: the sections of all rooms, strict YAML, `section.key=value` overrides, saved with the run.
 
 load(path, overrides)   a checked `Config`, or `UserError`: one line that names the key, the value and the remedy
 parse(values, source)   a checked `Config` from plain values
@@ -8,31 +8,6 @@ keys()                  every default with its description, as `section.key`
 """
 
 from esam_dist.config.read import dump, flat, keys, load, parse
-from esam_dist.config.sections import (
-    Checkpoint,
-    Config,
-    Data,
-    Engine,
-    Metrics,
-    Model,
-    Optim,
-    Run,
-    Train,
-)
+from esam_dist.config.sections import Config
 
-__all__ = [
-    "Checkpoint",
-    "Config",
-    "Data",
-    "Engine",
-    "Metrics",
-    "Model",
-    "Optim",
-    "Run",
-    "Train",
-    "dump",
-    "flat",
-    "keys",
-    "load",
-    "parse",
-]
+__all__ = ["Config", "dump", "flat", "keys", "load", "parse"]

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 from esam_dist.averaging import zero3_fault
 from esam_dist.config.secrets import looks_secret, shown
 from esam_dist.errors import UserError
-from esam_dist.methods import Faults, Setup
+from esam_dist.methods import Setup
 from esam_dist.methods.needs import zero3_refusal
+from esam_dist.section import Faults
 
 if TYPE_CHECKING:
     from esam_dist.config.sections import Config
@@ -25,37 +26,8 @@ def check(config: Config) -> None:
 
 def faults(config: Config) -> Faults:
     """All that is ever refused, in an order that does not depend on `config`: whether it is here, and the words."""
-    own = [*_data(config), *_optimizer(config), *_method(config), *_engine(config)]
+    own = [*config.data.faults(), *config.optim.faults(), *_method(config), *_engine(config)]
     return [*own, *_metrics(config), *_stream(config)]
-
-
-def _data(config: Config) -> Faults:
-    progressive = config.data.progressive
-    epochs, sizes = [epoch for epoch, _ in progressive], [size for _, size in progressive]
-    return [
-        (
-            any(size < 1 or size != int(size) for size in sizes),
-            f"data.progressive = {progressive}: a size is a whole number of pixels; write [[epoch, size], ...]",
-        ),
-        (
-            epochs != sorted(set(epochs)),
-            f"data.progressive = {progressive}: each entry begins after the one before; sort them by epoch",
-        ),
-    ]
-
-
-def _optimizer(config: Config) -> Faults:
-    optim = config.optim
-    return [
-        (
-            optim.nesterov and (optim.name != "sgd" or optim.momentum == 0.0),
-            "optim.nesterov = true needs optim.name = sgd and optim.momentum > 0; set it to false",
-        ),
-        (
-            optim.schedule == "step" and not optim.step_epochs,
-            "optim.schedule = step needs optim.step_epochs, such as [30, 60, 80]",
-        ),
-    ]
 
 
 def _method(config: Config) -> Faults:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from esam_dist import config
 from esam_dist.data.decode import Box, ImageFile, Pixels
+from esam_dist.data.keys import DataKeys
 
 
 class Augment:
     """Crop, mirror, distort and erase as the configuration says."""
 
-    def __init__(self, cfg: config.Data) -> None:
+    def __init__(self, cfg: DataKeys) -> None:
         self._cfg = cfg
         self._distort = _distortions(cfg)
 
@@ -77,7 +77,7 @@ def shift(pixels: Pixels, random: Random) -> None:
     pixels[:] = padded[top : top + size, left : left + size]
 
 
-def mixing(cfg: config.Data, num_classes: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None:
+def mixing(cfg: DataKeys, num_classes: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None:
     """What blends a batch's images [B, 3, S, S] and labels [B] into soft labels [B, K], given a seed; None: nothing."""
     choices: list[Callable[..., tuple[Tensor, Tensor]]] = []
     if cfg.mixup:
@@ -95,7 +95,7 @@ def mixing(cfg: config.Data, num_classes: int) -> Callable[[Tensor, Tensor, int]
     return mix
 
 
-def _distortions(cfg: config.Data) -> list[Callable[[Tensor], Tensor]]:
+def _distortions(cfg: DataKeys) -> list[Callable[[Tensor], Tensor]]:
     """Transforms of uint8 images [3, S, S] that draw from torch's generator."""
     found: list[Callable[[Tensor], Tensor]] = []
     if cfg.policy == "randaugment":

@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch.nn import functional as F
 
 from esam_dist.data.dataset import SampleError
-from esam_dist.data.jpeg import cut, read_header
+from esam_dist.data.jpeg import Edges, cut, read_header
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: they are mistakes, or attacks on the memory."""
@@ -93,8 +93,8 @@ class ImageFile:
         down = 1
         while down < 8 and min(box.width, box.height) >= 2 * down * size:
             down *= 2
-        left, top, right, bottom = self._edges(box, -(-self.height // down), -(-self.width // down))
-        data, x, y = cut(self._data, self._header, left * down, top * down, right * down, bottom * down)
+        edges = self._edges(box, -(-self.height // down), -(-self.width // down))
+        data, x, y = cut(self._data, self._header, edges.times(down))
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             pixels: Pixels = simplejpeg.decode_jpeg(
@@ -103,14 +103,15 @@ class ImageFile:
         except ValueError:
             return None
         # Cuts lie at multiples of 8 pixels, so they are whole pixels at any of these scales.
-        return pixels[top - y // down : bottom - y // down, left - x // down : right - x // down]
+        x, y = x // down, y // down
+        return pixels[edges.top - y : edges.bottom - y, edges.left - x : edges.right - x]
 
-    def _edges(self, box: Box, rows: int, columns: int) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of `box` in a picture of so many rows and columns; at least one pixel."""
+    def _edges(self, box: Box, rows: int, columns: int) -> Edges:
+        """Those of `box` in a picture of so many rows and columns; at least one pixel."""
         y, x = rows / self.height, columns / self.width
         top, left = min(round(box.top * y), rows - 1), min(round(box.left * x), columns - 1)
         bottom, right = round((box.top + box.height) * y), round((box.left + box.width) * x)
-        return left, top, max(right, left + 1), max(bottom, top + 1)
+        return Edges(left, top, max(right, left + 1), max(bottom, top + 1))
 
 
 def check_image(data: bytes) -> None:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esam_dist import config
 from esam_dist.data.augment import mixing
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.raw import Raw
 
 _FEW = 8
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 class Finish:
     """Turns raw batches into batches on one device."""
 
-    def __init__(self, cfg: config.Data, device: torch.device, num_classes: int, *, train: bool) -> None:
+    def __init__(self, cfg: DataKeys, device: torch.device, num_classes: int, *, train: bool) -> None:
         self._device = device
         self._mean = torch.tensor(cfg.mean, device=device).view(1, 3, 1, 1) * 255.0
         self._std = torch.tensor(cfg.std, device=device).view(1, 3, 1, 1) * 255.0

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import re
-import secrets
 import select
 import shlex
 import shutil
@@ -32,6 +31,7 @@ from webdataset.gopen import gopen
 from esam_dist.data.open_files import is_special
 from esam_dist.data.tar import BROKEN, check_whole
 from esam_dist.errors import printable
+from esam_dist.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -75,25 +75,22 @@ def fetch(url: str, *, tries: int, cache: Path | None = None, first_pause: float
 
 
 def _fetch_once(url: str, kept: Path | None) -> IO[bytes]:
-    if kept is None:
-        file = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115  # the caller closes it
-    else:
+    if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         # Workers of all ranks, on all nodes, share the folder; whoever is done last wins, with the same bytes.
-        partial = kept.with_name(f"{kept.name}.{secrets.token_hex(8)}.part")
-        file = partial.open("x+b")
+        with replacing(kept) as file:
+            _copy(url, file)
+            _check_tar(file)
+        return kept.open("rb")
+    unnamed = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115  # the caller closes it
     try:
-        _copy(url, file)
-        _check_tar(file)
+        _copy(url, unnamed)
+        _check_tar(unnamed)
     except BaseException:
-        file.close()
-        if kept is not None:
-            partial.unlink(missing_ok=True)
+        unnamed.close()
         raise
-    if kept is not None:
-        partial.replace(kept)
-    file.seek(0)
-    return file
+    unnamed.seek(0)
+    return unnamed
 
 
 def variables(url: str) -> dict[str, str | None]:

@@ -35,6 +35,19 @@ class Header(NamedTuple):
     """In the first scan."""
 
 
+class Edges(NamedTuple):
+    """A rectangle of pixels, from (left, top) to before (right, bottom)."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def times(self, factor: int) -> Edges:
+        """The same rectangle of a picture so many times as large."""
+        return Edges(*(edge * factor for edge in self))
+
+
 class Part(NamedTuple):
     """A JPEG file of a rectangle of another's pixels."""
 
@@ -64,8 +77,8 @@ def read_header(data: bytes) -> Header | None:
     return None
 
 
-def cut(data: bytes, header: Header, left: int, top: int, right: int, bottom: int) -> Part:
-    """The part of a JPEG that holds the pixels from (left, top) to before (right, bottom).
+def cut(data: bytes, header: Header, wanted: Edges) -> Part:
+    """The part of a JPEG that holds the `wanted` pixels.
 
     That is all of it where cutting is not worth it, or where the intervals cannot be told apart: in a progressive file,
     without a marker at the ends of rows, with one that is missing or out of turn.
@@ -79,8 +92,8 @@ def cut(data: bytes, header: Header, left: int, top: int, right: int, bottom: in
     if rows * columns == 0 or columns % step:
         return whole
     across, step_width = columns // step, step * mcu_width
-    first, last = left // step_width, min(-(-right // step_width), across)
-    above, below = top // mcu_height, min(-(-bottom // mcu_height), rows)
+    first, last = wanted.left // step_width, min(-(-wanted.right // step_width), across)
+    above, below = wanted.top // mcu_height, min(-(-wanted.bottom // mcu_height), rows)
     if (last - first) * (below - above) > WORTH * rows * across:
         return whole
     edges = _edges(data, header.scan, rows * across)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from esam_dist import config
 from esam_dist.data.dataset import Split, open_split, read_description
 from esam_dist.data.device import Batch, Finish
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.open_files import check_open_files
-from esam_dist.data.order import Draw, Order, share
+from esam_dist.data.order import Order, Picks, share
 from esam_dist.data.raw import AHEAD, Raw, Ring
 from esam_dist.data.samples import Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
@@ -32,7 +32,7 @@ class Skipped:
     chance stops no rank of many, and no rank at its first bad samples.
     """
 
-    def __init__(self, cfg: config.Data, *, endless: bool) -> None:
+    def __init__(self, cfg: DataKeys, *, endless: bool) -> None:
         self._limit, self._key = cfg.max_skipped, "data.stream" if cfg.stream and endless else "data.path"
         self._endless, self._num_read = endless, 0
         self._named: set[str] = set()
@@ -66,21 +66,23 @@ class Skipped:
             )
 
 
+class TrainSource(NamedTuple):
+    """Where training batches come from."""
+
+    raws: Callable[[int], Iterable[Raw]]
+    """Endless, from a global position on."""
+    num_samples: int
+    class_names: list[str]
+    close: Callable[[], None] = lambda: None
+
+
 class TrainData:
     """The training set as this rank sees it: an endless sequence of full batches from any global position."""
 
-    def __init__(
-        self,
-        cfg: config.Data,
-        raws: Callable[[int], Iterable[Raw]],
-        *,
-        num_samples: int,
-        class_names: list[str],
-        device: torch.device,
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.num_samples, self.class_names, self.num_classes = num_samples, class_names, len(class_names)
-        self._raws, self._close = raws, close
+    def __init__(self, cfg: DataKeys, source: TrainSource, device: torch.device) -> None:
+        self.num_samples, self.class_names = source.num_samples, source.class_names
+        self.num_classes = len(source.class_names)
+        self._source = source
         self._skipped = Skipped(cfg, endless=True)
         self._finish = Finish(cfg, device, self.num_classes, train=True)
 
@@ -91,26 +93,25 @@ class TrainData:
 
     def batches(self, samples_seen: int) -> Iterator[Batch]:
         """Full batches, endless, from global position `samples_seen` on. Raises UserError for too many bad samples."""
-        return self._finish(self._skipped.pass_on(self._raws(samples_seen)))
+        return self._finish(self._skipped.pass_on(self._source.raws(samples_seen)))
 
     def close(self) -> None:
         """Close the files; workers end with the iterator that started them."""
-        self._close()
+        self._source.close()
 
 
 class ValidationData:
     """This rank's share of the validation set: over all ranks every sample exactly once."""
 
-    def __init__(self, cfg: config.Data, *, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> None:
         split = open_split(cfg.path, "validation")
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
         ids = np.array(share(split.num_samples, rank, world_size), np.int64)
         parts = [ids[start : start + cfg.batch_size] for start in range(0, len(ids), cfg.batch_size)]
-        draws = [Draw(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
-        # Validation comes again and again: its workers stay.
-        self._raws = load(
-            split, cfg, draws, cfg.workers if draws else 0, train=False, pin=device.type == "cuda", keep=True
-        )
+        picks = [Picks(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
+        # Without a share there is no work.
+        used = cfg if picks else cfg.model_copy(update={"workers": 0})
+        self._raws = load(split, used, picks, train=False, pin=device.type == "cuda")
         self._skipped = Skipped(cfg, endless=False)
         self._finish = Finish(cfg, device, self.num_classes, train=False)
 
@@ -124,7 +125,7 @@ class ValidationData:
         return self._finish(self._skipped.pass_on(self._raws))
 
 
-def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
+def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
     """Open the training data for one rank. Raises UserError, before anything is read, for whatever is wrong."""
     check_open_files(cfg.workers, "data.workers")
     if cfg.stream:
@@ -139,15 +140,13 @@ def open_train(cfg: config.Data, *, seed: int, rank: int, world_size: int, devic
     order = Order(seed, split.counts, cfg.shuffle_window, cfg.repeats)
 
     def raws(samples_seen: int) -> DataLoader[Any]:
-        draws = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
-        return load(split, cfg, draws, cfg.workers, train=True, pin=device.type == "cuda")
+        picks = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
+        return load(split, cfg, picks, train=True, pin=device.type == "cuda")
 
-    return TrainData(
-        cfg, raws, num_samples=split.num_samples, class_names=split.class_names, device=device, close=split.close
-    )
+    return TrainData(cfg, TrainSource(raws, split.num_samples, split.class_names, split.close), device)
 
 
-def _open_stream(cfg: config.Data, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
+def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
     check_stream(cfg)
     class_names = read_description(cfg.path).classes
 
@@ -155,41 +154,38 @@ def _open_stream(cfg: config.Data, seed: int, rank: int, world_size: int, device
         at = Position(seed, rank, samples_seen, cfg.stream_samples, world_size * cfg.batch_size)
         return load_stream(StreamedBatches(cfg, len(class_names), at), pin=device.type == "cuda")
 
-    return TrainData(cfg, raws, num_samples=cfg.stream_samples, class_names=class_names, device=device)
+    return TrainData(cfg, TrainSource(raws, cfg.stream_samples, class_names), device)
 
 
-def open_validation(cfg: config.Data, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
+def open_validation(cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
     """Open the validation split for one rank. Raises UserError for whatever is wrong."""
     check_open_files(cfg.workers, "data.workers")
     return ValidationData(cfg, rank=rank, world_size=world_size, device=device)
 
 
 class _Numbered:
-    """The draws of every pass, counted from 0."""
+    """The picks of every pass, counted from 0."""
 
-    def __init__(self, draws: Iterable[Draw]) -> None:
-        self._draws = draws
+    def __init__(self, picks: Iterable[Picks]) -> None:
+        self._picks = picks
 
-    def __iter__(self) -> Iterator[tuple[int, Draw]]:
-        return enumerate(self._draws)
+    def __iter__(self) -> Iterator[tuple[int, Picks]]:
+        return enumerate(self._picks)
 
 
-def load(
-    split: Split, cfg: config.Data, draws: Iterable[Draw], workers: int, *, train: bool, pin: bool, keep: bool = False
-) -> DataLoader[Any]:
-    """Raw batches of `draws`, in order, filled by `workers` processes; for one iterator at a time (see Ring).
-
-    `keep`: the workers stay, for another pass over `draws`.
-    """
+def load(split: Split, cfg: DataKeys, picks: Iterable[Picks], *, train: bool, pin: bool) -> DataLoader[Any]:
+    """Raw batches of `picks`, in order, filled by `data.workers` processes; for one iterator at a time (see Ring)."""
+    workers = cfg.workers
     return DataLoader(
-        Samples(split, cfg, Ring(cfg, workers), train=train),  # type: ignore[arg-type]  # whole draws in, whole batches out
-        batch_sampler=_Numbered(draws),  # type: ignore[arg-type]
+        Samples(split, cfg, Ring(cfg, workers), train=train),  # type: ignore[arg-type]  # whole picks in, whole batches out
+        batch_sampler=_Numbered(picks),  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
         collate_fn=_as_is,
         pin_memory=pin,
         worker_init_fn=outlive_stop,
-        persistent_workers=keep and workers > 0,
+        # Validation comes again and again: its workers stay.
+        persistent_workers=not train and workers > 0,
         # Without its own, every iterator would draw from the generator that dropout uses.
         generator=torch.Generator(),
     )

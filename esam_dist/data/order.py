@@ -23,7 +23,7 @@ Keys = NDArray[np.uint64]
 _SHARDS, _SAMPLES, _AUGMENT = 1, 2, 3
 
 
-class Draw(NamedTuple):
+class Picks(NamedTuple):
     """The samples of one batch: which, in which epoch, and the seeds of their augmentation."""
 
     ids: Ids  # [B]
@@ -77,7 +77,7 @@ class Order:
         self.num_samples = int(sum(self.counts))
         self._cache: dict[int, Ids] = {}
 
-    def draw(self, start: int, count: int) -> Draw:
+    def picks(self, start: int, count: int) -> Picks:
         """The samples at global positions `start` to `start + count`."""
         positions, repeat = np.divmod(np.arange(start, start + count, dtype=np.int64), self.repeats)
         epochs, offsets = np.divmod(positions, self.num_samples)
@@ -85,14 +85,14 @@ class Order:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             ids[here] = self._epoch(int(epoch))[offsets[here]]
-        return Draw(ids, epochs, mix(self.seed, _AUGMENT, epochs, ids, repeat), start // self.num_samples)
+        return Picks(ids, epochs, mix(self.seed, _AUGMENT, epochs, ids, repeat), start // self.num_samples)
 
-    def batches(self, samples_seen: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[Draw]:
+    def batches(self, samples_seen: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[Picks]:
         """This rank's slice of every global batch from position `samples_seen` on, endless."""
         start = samples_seen
         while True:
-            draw = self.draw(start + rank * batch_size, batch_size)
-            yield draw._replace(step_epoch=start // self.num_samples)
+            picks = self.picks(start + rank * batch_size, batch_size)
+            yield picks._replace(step_epoch=start // self.num_samples)
             start += world_size * batch_size
 
     def _epoch(self, epoch: int) -> Ids:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esam_dist import config
+from esam_dist.data.keys import DataKeys
 from esam_dist.errors import UserError, printable
 
 AHEAD = 2
@@ -65,7 +65,7 @@ class Ring:
     pass ordered before the next pass orders anything. Two iterators that live at once need a ring each.
     """
 
-    def __init__(self, cfg: config.Data, workers: int) -> None:
+    def __init__(self, cfg: DataKeys, workers: int) -> None:
         size = max([cfg.image_size, *(int(size) for _, size in cfg.progressive)])
         self._slots = AHEAD * workers + 2 if workers else 0
         self._length = cfg.batch_size * size * size * 3
@@ -114,7 +114,7 @@ def _received(key: int, number: int, num_images: int, size: int, labels: NDArray
     return Raw(ring.images(number, num_images, size), torch.from_numpy(labels), *rest)
 
 
-def _shared_bytes(length: int, cfg: config.Data, workers: int) -> Tensor:
+def _shared_bytes(length: int, cfg: DataKeys, workers: int) -> Tensor:
     """Shared memory as torch's own collation takes it, so that it can be sent to spawned workers: [length] uint8."""
     try:
         storage = torch.UntypedStorage._new_shared(length)  # type: ignore[no-untyped-call]

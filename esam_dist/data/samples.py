@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from esam_dist import config
 from esam_dist.data.augment import Augment, centre_box
 from esam_dist.data.dataset import SampleError, Split
 from esam_dist.data.decode import ImageFile, Pixels
-from esam_dist.data.order import Draw
+from esam_dist.data.keys import DataKeys
+from esam_dist.data.order import Picks
 from esam_dist.data.raw import MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 
 
 class View:
     """Writes the pixels of an image as the network shall see them."""
 
-    def __init__(self, cfg: config.Data, *, train: bool) -> None:
+    def __init__(self, cfg: DataKeys, *, train: bool) -> None:
         self._cfg = cfg
         self._augment = Augment(cfg) if train else None
 
@@ -35,29 +35,29 @@ class View:
 
 
 class Samples:
-    """Map-style dataset over whole draws, numbered: one call of `__getitems__` fills one batch."""
+    """Map-style dataset over the picks of whole batches, numbered: one call of `__getitems__` fills one batch."""
 
-    def __init__(self, split: Split, cfg: config.Data, ring: Ring, *, train: bool) -> None:
+    def __init__(self, split: Split, cfg: DataKeys, ring: Ring, *, train: bool) -> None:
         self._split, self._cfg, self._ring, self._train = split, cfg, ring, train
         self._view = View(cfg, train=train)
 
-    def __getitems__(self, numbered: tuple[int, Draw]) -> Any:
-        """The Raw of a draw, given its number too: which slot it goes to.
+    def __getitems__(self, numbered: tuple[int, Picks]) -> Any:
+        """The Raw of `picks`, given its number too: which slot it goes to.
 
         A bad sample is replaced by the next good one of the batch, or if there is none, of the set; in validation, it
         is left out.
         """
-        number, draw = numbered
-        size = image_size(self._cfg, draw.step_epoch) if self._train else self._cfg.image_size
-        images = self._ring.images(number, len(draw.ids), size)
-        ids, seeds, pixels = draw.ids.copy(), draw.seeds.tolist(), images.numpy()
+        number, picks = numbered
+        size = image_size(self._cfg, picks.step_epoch) if self._train else self._cfg.image_size
+        images = self._ring.images(number, len(picks.ids), size)
+        ids, seeds, pixels = picks.ids.copy(), picks.seeds.tolist(), images.numpy()
         skips: list[Skip] = []
         bad = {place for place, seed in enumerate(seeds) if not self._load(ids[place], seed, pixels[place], skips)}
         while self._train and len(bad) == len(ids) and len(skips) < MAX_BAD_IN_A_ROW:
             ids[0] = (ids[0] + 1) % self._split.num_samples
             bad -= {0} if self._load(ids[0], seeds[0], pixels[0], skips) else set()
         labels = torch.from_numpy(self._split.entries["label"][ids].astype(np.int64))
-        raw = Raw(images, labels, int(draw.seeds[0] >> np.uint64(1)), skips, len(skips) + len(ids) - len(bad))
+        raw = Raw(images, labels, int(picks.seeds[0] >> np.uint64(1)), skips, len(skips) + len(ids) - len(bad))
         return self._ring.sent(number, _without_bad(raw, bad, self._train) if bad else raw)
 
     def _load(self, sample: int, seed: int, out: Pixels, skips: list[Skip]) -> bool:
@@ -70,7 +70,7 @@ class Samples:
         return True
 
 
-def image_size(cfg: config.Data, epoch: int) -> int:
+def image_size(cfg: DataKeys, epoch: int) -> int:
     """The size of training images in an epoch: `image_size`, or the latest entry of `progressive`."""
     size = cfg.image_size
     for start, value in cfg.progressive:

@@ -11,11 +11,9 @@ import hashlib
 import io
 import json
 import os
-import secrets
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +25,10 @@ from esam_dist.checksum import sha256
 from esam_dist.data.open_files import open_regular, read_regular
 from esam_dist.data.tar import BLOCK, in_blocks, label_beside, label_of
 from esam_dist.errors import UserError
+from esam_dist.files import replacing, write_file
 
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
 """Where the image's bytes lie in the tar, their checksum, and the sample's label."""
-
-PARTIAL = ".part"
-"""How the names of files end that are not yet whole."""
 
 Entries = NDArray[Any]
 
@@ -65,31 +61,16 @@ def write_shard(path: Path, samples: Iterable[Sample], first_key: int) -> ShardI
     """Write `samples` as a tar and its index, keys counting from `first_key`: same samples, same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = []
-    with written_beside(path) as partial:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with replacing(path) as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, sample in enumerate(samples, first_key):
                 offset = _add(tar, f"{key:06d}.{sample.suffix}", sample.image)
                 _add(tar, f"{key:06d}.cls", str(sample.label).encode())
                 entries.append((offset, len(sample.image), sample.label, zlib.crc32(sample.image)))
-        info = ShardInfo(len(entries), partial.stat().st_size, sha256(partial))
+        file.flush()
+        info = ShardInfo(len(entries), file.tell(), sha256(Path(file.name)))
     write_index(path, info, np.array(entries, ENTRY))
     return info
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """Where to write what shall be at `path`: renamed at the end, so that it is there whole or not at all.
-
-    Each writer has a name of its own, so two of them do not write into each other's file.
-    """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def finished(path: Path) -> ShardInfo | None:
@@ -101,11 +82,10 @@ def finished(path: Path) -> ShardInfo | None:
 
 
 def write_index(shard: Path, info: ShardInfo, entries: Entries) -> None:
-    """Write the sidecar of `shard`, beside and renamed."""
+    """Write the sidecar of `shard`, in one move."""
     body = entries.tobytes()
     line = json.dumps(asdict(info) | {_BODY: hashlib.sha256(body).hexdigest()})
-    with written_beside(index_path(shard)) as partial:
-        partial.write_bytes(line.encode() + b"\n" + body)
+    write_file(index_path(shard), line.encode() + b"\n" + body)
 
 
 def read_index(shard: Path) -> tuple[ShardInfo, Entries]:

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from webdataset.tariterators import group_by_keys
 
-from esam_dist import config
 from esam_dist.data.dataset import SampleError
 from esam_dist.data.decode import SUFFIXES, Pixels
 from esam_dist.data.fetch import VARIABLE, FetchError, fetch, variables
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.order import mix
 from esam_dist.data.raw import AHEAD, MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 from esam_dist.data.samples import View, image_size
@@ -40,7 +40,8 @@ _STREAM = 31
 _ABOUT_THE_SHARD = re.compile(r"__[^/]*__($|/)")
 """Names of files that webdataset takes for no part of a sample."""
 
-Sample = dict[str, Any]
+Record = dict[str, Any]
+"""A sample as webdataset passes it on: its files by suffix, its key and the URL of its shard."""
 
 
 class Position(NamedTuple):
@@ -56,7 +57,7 @@ class Position(NamedTuple):
 class StreamedBatches(IterableDataset[Raw]):
     """Batches of one rank, endless; each worker draws shards of its own."""
 
-    def __init__(self, cfg: config.Data, num_classes: int, at: Position) -> None:
+    def __init__(self, cfg: DataKeys, num_classes: int, at: Position) -> None:
         self._cfg, self._num_classes, self._at = cfg, num_classes, at
         self.workers = cfg.workers
         self._ring = Ring(cfg, cfg.workers)
@@ -78,7 +79,7 @@ class StreamedBatches(IterableDataset[Raw]):
             raw = self._batch(samples, images, int(mix(step, seed % 2**63)[0] >> np.uint64(1)))
             yield self._ring.sent(step, raw)
 
-    def _batch(self, samples: Iterator[Sample | Skip], images: Tensor, seed: int) -> Raw:
+    def _batch(self, samples: Iterator[Record | Skip], images: Tensor, seed: int) -> Raw:
         batch_size, pixels = len(images), images.numpy()
         labels = torch.empty(batch_size, dtype=torch.int64)
         skips: list[Skip] = []
@@ -98,7 +99,7 @@ class StreamedBatches(IterableDataset[Raw]):
         filled = batch_size if place == batch_size else 0
         return Raw(images[:filled], labels[:filled], seed, skips, place + len(skips))
 
-    def _load(self, sample: Sample, seed: int, out: Pixels) -> int | Skip:
+    def _load(self, sample: Record, seed: int, out: Pixels) -> int | Skip:
         """Fill one place of a batch; returns the label."""
         try:
             data, label = self._parts(sample)
@@ -107,7 +108,7 @@ class StreamedBatches(IterableDataset[Raw]):
             return Skip(f"{sample['__url__']}:{sample['__key__']}", bad.reason, bad.detail)
         return label
 
-    def _parts(self, sample: Sample) -> tuple[bytes, int]:
+    def _parts(self, sample: Record) -> tuple[bytes, int]:
         text = sample.get("cls", b"")
         label = label_of(text)
         if label is None or label >= self._num_classes:
@@ -117,13 +118,13 @@ class StreamedBatches(IterableDataset[Raw]):
             raise SampleError("empty", "holds no image")
         return data, label
 
-    def _shuffled(self, seed: int) -> Iterator[Sample | Skip]:
+    def _shuffled(self, seed: int) -> Iterator[Record | Skip]:
         """Samples of shards drawn with replacement, in a buffer's random order; what is lost comes at once.
 
         Endless, unless MAX_LOST_SHARDS different shards in a row give no sample.
         """
         random = Random(seed)
-        buffer: list[Sample] = []
+        buffer: list[Record] = []
         lost: set[str] = set()
         shards = webdataset.ResampledShards(self._pattern, seed=seed, deterministic=True, worker_seed=lambda: 0)
         for shard in shards:
@@ -141,7 +142,7 @@ class StreamedBatches(IterableDataset[Raw]):
             if len(lost) >= self._max_lost:
                 return
 
-    def _shard(self, url: str) -> Iterator[Sample | Skip]:
+    def _shard(self, url: str) -> Iterator[Record | Skip]:
         broken: list[Exception] = []
 
         def note(error: Exception) -> bool:
@@ -164,7 +165,7 @@ class StreamedBatches(IterableDataset[Raw]):
             yield Skip(url, "broken_shard", str(broken[0].args[0]) if broken else "holds no sample")
 
 
-def _members(url: str, file: IO[bytes], broken: list[Exception]) -> Iterator[Sample]:
+def _members(url: str, file: IO[bytes], broken: list[Exception]) -> Iterator[Record]:
     """The files of a tar as webdataset passes them on; what is wrong with it is added to `broken`."""
     try:
         for name, data in contents(file):
@@ -175,7 +176,7 @@ def _members(url: str, file: IO[bytes], broken: list[Exception]) -> Iterator[Sam
         broken.append(tarfile.ReadError(str(error) or type(error).__name__))
 
 
-def check_stream(cfg: config.Data) -> None:
+def check_stream(cfg: DataKeys) -> None:
     """Refuse a stream whose length is unknown, or that names no shard. Raises UserError."""
     if cfg.stream_samples < cfg.batch_size:
         raise UserError(

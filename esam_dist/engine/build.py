@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
-from esam_dist import config
+from esam_dist.engine.keys import EngineKeys, OptimKeys
 from esam_dist.engine.native import NativeEngine, UpdateOptions
+from esam_dist.methods import Method
 from esam_dist.ranks import Ranks
 from esam_dist.step.engine import Engine
+from esam_dist.train_keys import TrainKeys
 
 
-def build_engine(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
+class MicroBatches(NamedTuple):
+    """What an update is made of on each rank."""
+
+    size: int
+    """Samples of each."""
+    accumulate: int
+    """Micro-batches per update."""
+    fp16: bool
+    """Whether they are computed in float16, which needs a loss scale."""
+
+    @staticmethod
+    def of(batch_size: int, train: TrainKeys, method: Method) -> MicroBatches:
+        """Those of a configuration: each group of a batch is a micro-batch of its own."""
+        num_groups = method.num_groups(batch_size)
+        return MicroBatches(batch_size // num_groups, train.accumulate * num_groups, train.precision == "fp16")
+
+
+def build_engine(
+    module: nn.Module, ranks: Ranks, optim: OptimKeys, engine: EngineKeys, batches: MicroBatches
+) -> Engine:
     """The engine that `engine.name` asks for, with the optimizer that `optim` describes."""
-    optimizer = build_optimizer(module, cfg.optim)
-    # Each group of a batch is a micro-batch of its own.
-    num_groups = cfg.method.num_groups(cfg.data.batch_size)
-    accumulate, fp16 = cfg.train.accumulate * num_groups, cfg.train.precision == "fp16"
-    if cfg.engine.name == "native":
-        scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
-        return NativeEngine(module, optimizer, ranks, UpdateOptions(accumulate, cfg.optim.clip_grad_norm, scaler))
+    optimizer = build_optimizer(module, optim)
+    if engine.name == "native":
+        scaler = torch.amp.GradScaler(ranks.device.type, enabled=batches.fp16)
+        options = UpdateOptions(batches.accumulate, optim.clip_grad_norm, scaler)
+        return NativeEngine(module, optimizer, ranks, options)
     from esam_dist.engine.deepspeed import DeepSpeedEngine, deepspeed_config, initialize
     from esam_dist.engine.zero3 import Zero3Engine
 
     ds_config = deepspeed_config(
-        batch_size=cfg.data.batch_size // num_groups,
-        accumulate=accumulate,
-        zero_stage=cfg.engine.zero_stage,
-        clip_grad_norm=cfg.optim.clip_grad_norm,
-        offload=cfg.engine.offload,
+        batch_size=batches.size,
+        accumulate=batches.accumulate,
+        zero_stage=engine.zero_stage,
+        clip_grad_norm=optim.clip_grad_norm,
+        offload=engine.offload,
     )
-    ds = initialize(module, optimizer, ranks, ds_config, cfg.engine.collective_timeout_seconds)
-    kind = Zero3Engine if cfg.engine.zero_stage == 3 else DeepSpeedEngine
-    engine = kind(ds, optimizer, ranks, fp16=fp16)
-    engine.make_shards()
-    return engine
+    ds = initialize(module, optimizer, ranks, ds_config, engine.collective_timeout_seconds)
+    kind = Zero3Engine if engine.zero_stage == 3 else DeepSpeedEngine
+    built = kind(ds, optimizer, ranks, fp16=batches.fp16)
+    built.make_shards()
+    return built
 
 
-def build_optimizer(module: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, cfg: OptimKeys) -> torch.optim.Optimizer:
     """SGD or AdamW over the trainable parameters, with or without decay of normalisation parameters and biases."""
     trainable = [param for param in module.parameters() if param.requires_grad]
     # Biases and the affine parameters of every normalisation are the tensors with fewer than two dimensions.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from esam_dist.engine.replicas import Replicas
 from esam_dist.engine.state import load_by_name, momentum_of, state_by_name
 from esam_dist.ranks import Ranks
 from esam_dist.step.engine import Engine
@@ -37,12 +36,9 @@ class NativeEngine(Engine):
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, options: UpdateOptions | None = None
     ) -> None:
         options = options or UpdateOptions()
-        self._ddp: DistributedDataParallel | None = None
-        if isinstance(module, DistributedDataParallel):
-            self._ddp, module = module, module.module
-        elif ranks.world_size > 1:
-            self._ddp = in_ddp(module, ranks)
-        self.module = module
+        is_spread = ranks.world_size > 1 or isinstance(module, DistributedDataParallel)
+        self._replicas = Replicas(module, ranks) if is_spread else None
+        self.module = module if self._replicas is None else self._replicas.module
         self._optimizer, self._ranks, self._options = optimizer, ranks, options
         self.accumulate = options.accumulate
         """May be set anew between two updates."""
@@ -57,11 +53,9 @@ class NativeEngine(Engine):
 
     def __call__(self, inputs: Tree) -> Any:
         """See `Engine`."""
-        if self._ddp is None:
-            return call(self.module, inputs)
-        # DDP reads the flag in forward: that decides whether the backward will communicate.
-        with nullcontext() if self.ends_update else self._ddp.no_sync():
-            return call(self._ddp, inputs)
+        return (
+            call(self.module, inputs) if self._replicas is None else self._replicas(inputs, averages=self.ends_update)
+        )
 
     def scale(self, loss: Tensor) -> Tensor:
         """See `Engine`."""
@@ -69,7 +63,8 @@ class NativeEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
-        torch.autograd.backward(self._scaler.scale(loss / self.accumulate))
+        backward = torch.autograd.backward if self._replicas is None else self._replicas.backward
+        backward(self._scaler.scale(loss / self.accumulate))
 
     def average(self, gradient: Vector) -> None:
         """See `Engine`. All gradients are there at once, so there is no pass behind which they could travel."""
@@ -91,6 +86,8 @@ class NativeEngine(Engine):
         if self._ended < self.accumulate:
             return self._no_norm
         self._ended = 0
+        if self._replicas is not None:
+            self._replicas.check_averaged()
         if lr is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
@@ -124,13 +121,3 @@ class NativeEngine(Engine):
         load_by_name(self.module, self._optimizer, state)
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
-
-
-def in_ddp(module: nn.Module, ranks: Ranks) -> DistributedDataParallel:
-    """`module` in DDP, which averages its gradients; buffers are averaged after an update (`Ranks.average_buffers`)."""
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
-    # From torch 2.15 on the argument has another name.
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {unsynced: False}
-    return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)

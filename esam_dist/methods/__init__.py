@@ -26,7 +26,7 @@ from esam_dist.methods.esam import ESAM
 from esam_dist.methods.fsam import FSAM
 from esam_dist.methods.gsam import GSAM
 from esam_dist.methods.looksam import LookSAM
-from esam_dist.methods.method import Faults, Method, Phase, Setup, Sharp
+from esam_dist.methods.method import Method, Phase, Setup, Sharp
 from esam_dist.methods.msam import MSAM
 from esam_dist.methods.recycled import Recycled
 from esam_dist.methods.s2sam import S2SAM
@@ -55,7 +55,6 @@ __all__ = [
     "SAM",
     "SGD",
     "AnyMethod",
-    "Faults",
     "LookSAM",
     "Method",
     "Phase",

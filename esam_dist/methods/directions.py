@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from esam_dist.methods.method import Faults, Setup
+from esam_dist.methods.method import Setup
 from esam_dist.methods.selective import Selective
-from esam_dist.section import BelowOne, NonNegative
+from esam_dist.section import BelowOne, Faults, NonNegative
 from esam_dist.step import Step
 from esam_dist.step.swp import Draw, compensated
 from esam_dist.step.vector import Vector

@@ -12,9 +12,9 @@ from torch import nn
 
 from esam_dist.errors import UserError
 from esam_dist.methods.directions import Directed
-from esam_dist.methods.method import Faults, Setup
+from esam_dist.methods.method import Setup
 from esam_dist.schedule import Schedule
-from esam_dist.section import Share
+from esam_dist.section import Faults, Share
 from esam_dist.step import Moment, Step
 from esam_dist.step import swp as weights
 from esam_dist.step.perturbation import radius
@@ -53,7 +53,9 @@ class ESAM(Directed):
         """See `Method`."""
         super().prepare(module)
         if self.swp == "norm" and not weights.has_norms(module):
-            raise UserError("method.swp = norm perturbs normalisation layers, and this network has none; use tensor")
+            raise UserError(
+                "method.swp = norm perturbs normalisation layers, and this network has none; use method.swp = tensor"
+            )
 
     def faults(self, setup: Setup) -> Faults:
         """See `Method`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from esam_dist.methods.method import Faults, Remembering, Setup
-from esam_dist.section import Count, NonNegative
+from esam_dist.methods.method import Remembering, Setup
+from esam_dist.section import Count, Faults, NonNegative
 from esam_dist.step import Moment, Step
 from esam_dist.step.vector import TINY
 

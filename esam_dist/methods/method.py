@@ -9,11 +9,8 @@ from torch import nn
 
 from esam_dist.errors import UserError
 from esam_dist.schedule import Schedule
-from esam_dist.section import Count, Radius, Section, UpToOne
+from esam_dist.section import Count, Faults, Radius, Section, UpToOne
 from esam_dist.step import Moment, Step
-
-Faults = list[tuple[bool, str]]
-"""Whether a combination of keys is refused, and the words of the error."""
 
 
 class Setup(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from esam_dist.methods.directions import reversed_momentum
-from esam_dist.methods.method import Faults, Setup, Sharp
+from esam_dist.methods.method import Setup, Sharp
 from esam_dist.schedule import Schedule
-from esam_dist.section import Radius
+from esam_dist.section import Faults, Radius
 from esam_dist.step import Step
 
 

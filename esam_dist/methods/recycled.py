@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Literal
 
 from esam_dist.methods.directions import Directed
-from esam_dist.methods.method import Faults, Setup
+from esam_dist.methods.method import Setup
 from esam_dist.schedule import Schedule
-from esam_dist.section import Share
+from esam_dist.section import Faults, Share
 from esam_dist.step import Step
 from esam_dist.step.score import Score
 from esam_dist.step.selection import num_kept

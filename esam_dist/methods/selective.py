@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from esam_dist.methods.method import Faults, Setup, Sharp
+from esam_dist.methods.method import Setup, Sharp
 from esam_dist.schedule import Schedule
-from esam_dist.section import NonNegative, Share
+from esam_dist.section import Faults, NonNegative, Share
 from esam_dist.step import Moment, Step
 from esam_dist.step.choice import Choice, Sds
 from esam_dist.step.score import Head, Score

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from esam_dist import config
 from esam_dist.metrics import jsonl
 from esam_dist.metrics.board import TensorBoard
 from esam_dist.metrics.console import LogLines, ProgressBar, wants_bar
 from esam_dist.metrics.health import Pulse, Server
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.metrics.prometheus import Exposition
 from esam_dist.metrics.rows import TrainRow, ValidationRow
 from esam_dist.progress import Progress
+from esam_dist.ranks import Ranks
 
 log = logging.getLogger("esam_dist")
 
@@ -33,30 +34,21 @@ class Metrics:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        cfg: config.Metrics,
-        *,
-        rank: int,
-        local_rank: int,
-        world_size: int,
-        run_info: dict[str, str],
-        progress: Progress | None = None,
-        registry: CollectorRegistry | None = None,
+        self, folder: Path, cfg: MetricsKeys, ranks: Ranks, run_info: dict[str, str], progress: Progress | None = None
     ) -> None:
-        self.registry = registry or CollectorRegistry()
-        self._cfg, self._rank, self._restarts = cfg, rank, 0
+        self.registry = CollectorRegistry()
+        self._cfg, self._rank, self._restarts = cfg, ranks.rank, 0
         self._run = run_info.get("run", folder.name)
-        self._prometheus = Exposition(self.registry, rank=rank, world_size=world_size, run_info=run_info)
+        self._prometheus = Exposition(self.registry, rank=ranks.rank, world_size=ranks.world_size, run_info=run_info)
         self._prometheus.set("esam_start_timestamp_seconds", time.time())
         if progress is not None:
             self.take_up(progress)
         self.pulse = Pulse(cfg.stall_seconds)
-        self._server = Server(self.registry, self.pulse, cfg.bind, cfg.port + local_rank) if cfg.port else None
-        self._board = TensorBoard(folder) if cfg.tensorboard and rank == 0 else None
-        self._rows = jsonl.JsonLines(folder) if rank == 0 else None
+        self._server = Server(self.registry, self.pulse, cfg.bind, cfg.port + ranks.local_rank) if cfg.port else None
+        self._board = TensorBoard(folder) if cfg.tensorboard and ranks.is_first else None
+        self._rows = jsonl.JsonLines(folder) if ranks.is_first else None
         self._console: ProgressBar | LogLines | None = None
-        if rank == 0 and progress is not None:
+        if ranks.is_first and progress is not None:
             total = progress.planned_steps
             self._console = ProgressBar(total) if wants_bar(cfg.progress) else LogLines(total)
 

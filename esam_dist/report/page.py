@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 from esam_dist.metrics.prometheus import PHASES
 from esam_dist.report import chart
@@ -29,17 +30,31 @@ svg { width: 100%; height: auto; } svg.bar { height: 20px; margin-bottom: .5rem;
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem; border-radius: 2px; }
 .note { color: var(--soft); font-size: .9rem; } td.config { overflow-wrap: anywhere; min-width: 8rem; }
 """
+
+
+class Quantity(NamedTuple):
+    """What one chart shows."""
+
+    kind: str
+    """Of the rows of metrics.jsonl."""
+    key: str
+    """In those rows."""
+    title: str
+    unit: str
+    limits: tuple[float, float]
+
+
 ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 CHARTS = (
-    ("train", "loss", "Training loss", "", POSITIVE),
-    ("validation", "accuracy", "Validation accuracy", "top-1", SHARE),
-    ("validation", "averaged_accuracy", "Validation accuracy, averaged weights", "top-1", SHARE),
-    ("validation", "loss", "Validation loss", "", POSITIVE),
-    ("train", "sharpness", "Sharpness", "rise of the loss at the perturbed weights", ANY),
-    ("train", "kept_fraction", "Samples kept", "share of the batch", SHARE),
-    ("train", "images_per_second", "Throughput", "images/s", POSITIVE),
-    ("train", "grad_norm", "Gradient norm", "", POSITIVE),
-    ("train", "lr", "Learning rate", "", POSITIVE),
+    Quantity("train", "loss", "Training loss", "", POSITIVE),
+    Quantity("validation", "accuracy", "Validation accuracy", "top-1", SHARE),
+    Quantity("validation", "averaged_accuracy", "Validation accuracy, averaged weights", "top-1", SHARE),
+    Quantity("validation", "loss", "Validation loss", "", POSITIVE),
+    Quantity("train", "sharpness", "Sharpness", "rise of the loss at the perturbed weights", ANY),
+    Quantity("train", "kept_fraction", "Samples kept", "share of the batch", SHARE),
+    Quantity("train", "images_per_second", "Throughput", "images/s", POSITIVE),
+    Quantity("train", "grad_norm", "Gradient norm", "", POSITIVE),
+    Quantity("train", "lr", "Learning rate", "", POSITIVE),
 )
 COLUMNS = (
     "Runs",
@@ -57,7 +72,7 @@ def page(groups: list[Group]) -> str:
     """The report of `groups` as one HTML document."""
     runs = [run for members in groups for run in members.runs]
     colours = {members.name: chart.COLOURS[i % len(chart.COLOURS)] for i, members in enumerate(groups)}
-    drawn = [_chart(groups, colours, *entry) for entry in CHARTS]
+    drawn = [_chart(groups, colours, quantity) for quantity in CHARTS]
     seconds = {members.name: phases(members) for members in groups}
     breakdown = chart.bars("Seconds per phase of a step", seconds, list(PHASES)) + _phases(seconds)
     title = groups[0].name if len(groups) == 1 else f"{len(groups)} methods, {len(runs)} runs"
@@ -127,20 +142,13 @@ def _numbers(columns: Sequence[str], table: list[list[str]], words: int) -> str:
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _chart(
-    groups: list[Group],
-    colours: dict[str, str],
-    kind: str,
-    key: str,
-    title: str,
-    unit: str,
-    limits: tuple[float, float],
-) -> str:
+def _chart(groups: list[Group], colours: dict[str, str], quantity: Quantity) -> str:
     shown = []
     for members in groups:
         marks = [epoch for run in members.runs for epoch in run.restarts]
-        shown.append(chart.Line(members.name, colours[members.name], curve(members, kind, key), marks, limits))
-    return chart.lines(title, shown, unit)
+        drawn = curve(members, quantity.kind, quantity.key)
+        shown.append(chart.Line(members.name, colours[members.name], drawn, marks, quantity.limits))
+    return chart.lines(quantity.title, shown, quantity.unit)
 
 
 def _configuration(runs: list[Run]) -> str:

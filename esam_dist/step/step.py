@@ -121,8 +121,7 @@ class Step:
         `over`: the weights of a draw, or those of a vector; None: all. `of`: positions of some of the samples. `fill`:
         zeros for weights that have no part in the loss, which are else left out.
         """
-        outputs, loss_B = self._pass(of)
-        del outputs
+        loss_B = self._pass(of)
         params = self.draw().params if over is None else over.params
         found = self.engine.gradient(loss_B.mean(), params, fill=fill or isinstance(over, Vector))
         return swp.compensated(found, over, self.generator) if isinstance(over, swp.Draw) else found
@@ -227,8 +226,8 @@ class Step:
             grad_norm=grad_norm,
         )
 
-    def _pass(self, of: Tensor | None) -> tuple[Any, Tensor]:
-        """Outputs and losses for `gradient`; notes what scores and statistics need of them."""
+    def _pass(self, of: Tensor | None) -> Tensor:
+        """Losses for `gradient`; notes what scores and statistics need of the outputs."""
         examples = self.examples if of is None else self.examples[of]
         choice = None if self._is_perturbed or self._choice is None or self._choice.is_begun else self._choice
         if choice is not None and choice.head is not None:
@@ -240,7 +239,7 @@ class Step:
             self._remember_losses(loss_B.detach(), of)
             if choice is not None and not choice.keeps_all:
                 choice.see(outputs, loss_B)
-        return outputs, loss_B
+        return loss_B
 
     def _forward(self, forward: Callable[[Tree], Any], examples: Examples) -> tuple[Any, Tensor]:
         """Outputs and losses of one pass; only the first pass of a step moves BatchNorm's statistics."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from esam_dist.cli import main
 from esam_dist.data import Batch, TrainData
-from esam_dist.data.order import Draw
+from esam_dist.data.order import Picks
 from esam_dist.data.samples import Samples
 
 RANK = int(os.environ["RANK"])
@@ -25,11 +25,11 @@ def record(name: str, *numbers: int) -> None:
         file.write(" ".join(map(str, numbers)) + "\n")
 
 
-def read_and_recorded(self: Samples, numbered: tuple[int, Draw]) -> object:
-    number, draw = numbered
-    # Validation draws have no augmentation.
-    if draw.seeds.any():
-        record("drawn", number, *draw.ids.tolist())
+def read_and_recorded(self: Samples, numbered: tuple[int, Picks]) -> object:
+    number, picks = numbered
+    # Validation picks have no augmentation.
+    if picks.seeds.any():
+        record("drawn", number, *picks.ids.tolist())
     return read(self, numbered)
 
 

@@ -94,7 +94,7 @@ def test_wrong_yaml_type(tmp_path):
         ("method.beta=0", ["method.beta = 0", "(0, 1]"]),
         ("method.beta=1.5", ["method.beta = 1.5", "(0, 1]"]),
         ("method.gamma=-0.1", ["method.gamma = -0.1", "(0, 1]"]),
-        ("method.gamma=[[0,1],[3,7]]", ["method.gamma = 7", "(0, 1]"]),
+        ("method.gamma=[[0,1],[3,7]]", ["method.gamma = [[0, 1], [3, 7]]", "7 is out of range", "(0, 1]"]),
         ("train.epochs", ["section.key=value"]),
         ("model.name=resnet_50", ["model.name = 'resnet_50'", "resnet50"]),
         ("model.num_classes=4", ["model.num_classes = 4", "10 classes"]),

@@ -57,7 +57,7 @@ def test_a_job_killed_on_three_ranks_goes_on_with_two_where_its_checkpoint_was(d
     kept = [sample for step in first[:8] for sample in step]  # up to the last checkpoint
     going_on = [sample for step in second for sample in step]
     split = open_split(digits, "train")
-    expected = Order(0, split.counts, 16).draw(0, len(kept) + len(going_on)).ids.tolist()
+    expected = Order(0, split.counts, 16).picks(0, len(kept) + len(going_on)).ids.tolist()
     assert kept + going_on == expected
     epoch = kept + going_on[: split.num_samples - len(kept)]
     assert sorted(epoch) == list(range(split.num_samples))

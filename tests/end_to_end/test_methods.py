@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 
-from esam_dist import selection
+from esam_dist.step import selection
 from tests.commands import here, rows
 
 BATCH, STEPS_PER_EPOCH = 8, 10
 ESAM = ("method.beta=0.5", "method.gamma=0.5")
-WHOLE = ("method.beta=1", "method.gamma=0.5", "method.score=random", "method.scope=rank")
+RECYCLED = ("method.name=recycled", "method.gamma=0.5", "method.score=random", "method.scope=rank")
 
 # Overrides; the share of the samples kept; whether the rise at the perturbed weights is known in each of three steps.
 ALWAYS, NEVER = [True] * 3, [False] * 3
@@ -34,9 +34,16 @@ METHODS = {
     "esam, capacity": ([*ESAM, "method.capacity_factor=1.25"], 0.5, ALWAYS),
     "esam, groups": ([*ESAM, "method.scope=rank", "method.group_size=4"], 0.5, ALWAYS),
     "esam, accumulated": ([*ESAM, "train.accumulate=2"], 0.5, ALWAYS),
-    "recycled": ([*WHOLE, "method.descent=recycled"], 0.5, ALWAYS),
-    "recycled, exact": ([*WHOLE, "method.descent=recycled_exact"], 0.5, ALWAYS),
-    "recycled, exact, groups": ([*WHOLE, "method.descent=recycled_exact", "method.group_size=4"], 0.5, ALWAYS),
+    "recycled": ([*RECYCLED], 0.5, ALWAYS),
+    "recycled, exact": ([*RECYCLED, "method.exact=true"], 0.5, ALWAYS),
+    "recycled, exact, groups": ([*RECYCLED, "method.exact=true", "method.group_size=4"], 0.5, ALWAYS),
+    "fsam": (["method.name=fsam"], 1.0, ALWAYS),
+    "vasso": (["method.name=vasso"], 1.0, ALWAYS),
+    "s2sam": (["method.name=s2sam"], 1.0, NEVER),
+    # Without a pass at w nothing is known there; a score that is a rise makes it look.
+    "esam, momentum, random": ([*ESAM, "method.direction=momentum", "method.score=random"], 0.5, NEVER),
+    "esam, momentum, forward": ([*ESAM, "method.direction=momentum"], 0.5, ALWAYS),
+    "recycled, residual": ([*RECYCLED, "method.direction=residual"], 0.5, ALWAYS),
 }
 
 
@@ -84,25 +91,32 @@ def test_gamma_warms_up_from_1(train):
 
 
 PLAIN_STEPS = {
-    "start": (["method.start_epoch=1"], range(11, 21)),
+    "from": (["method.phase={from: 0.5}"], range(11, 21)),
+    "to": (["method.phase={to: 0.25}"], range(1, 6)),
+    "between": (["method.phase={from: 0.25, to: 0.5}"], range(6, 11)),
     "interval": (["method.interval=3"], range(1, 21, 3)),
-    "late": (["method.late_share=0.25"], range(16, 21)),
-    "all three": (["method.start_epoch=1", "method.late_share=0.25", "method.interval=4"], [17]),
+    "phase and interval": (["method.phase={from: 0.75}", "method.interval=4"], [17]),
     "no radius": (["method.rho=[[0, 0.0], [1, 0.05]]"], range(11, 21)),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "choice"),
-    [*(("esam", choice) for choice in PLAIN_STEPS), ("sam", "all three"), ("msam", "interval"), ("looksam", "start")],
+    [
+        *(("esam", choice) for choice in PLAIN_STEPS),
+        ("sam", "phase and interval"),
+        ("msam", "interval"),
+        ("looksam", "from"),
+    ],
 )
-def test_start_interval_and_late_share_leave_plain_steps(train, name, choice):
+def test_phase_and_interval_leave_plain_steps(train, name, choice):
     overrides, sharp = PLAIN_STEPS[choice]
     turns = ["method.interval=2"] if name == "looksam" else []
     seen = train("train.epochs=2", f"method.name={name}", *turns, *overrides)
     assert [row["step"] for row in seen if row["rho"] > 0.0] == list(sharp)
     measured = {"msam": [], "looksam": sharp[::2]}.get(name, sharp)
     assert [row["step"] for row in seen if row["sharpness"] is not None] == list(measured)
+    assert [row["step"] for row in seen if row["sharp_updates"]] == list(sharp)
     # A plain step uses every sample.
     assert {row["kept_fraction"] for row in seen if row["rho"] == 0.0} == {1.0}
 

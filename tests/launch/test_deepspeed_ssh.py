@@ -66,7 +66,7 @@ def test_script_trains_and_tells_what_the_user_got_wrong(tmp_path, digits, over_
     wrong = over_ssh(by_script(digits, tmp_path, "method.gamma=2"))
     assert wrong.wait(200) == 2, (tmp_path / "alpha.log").read_text()
     told = "".join(path.read_text() for path in (tmp_path / "logs").glob("*.log"))
-    assert "esam-dist: error: method.gamma = 2 is out of range" in told
+    assert "esam-dist: error: method.gamma = 2 is refused" in told
     assert "Traceback" not in told
     process = over_ssh(by_script(digits, tmp_path, "train.max_steps=6"))
     assert process.wait(500) == 0, (tmp_path / "alpha.log").read_text()

@@ -11,6 +11,7 @@ from servers import ROOT, tool
 
 from esam_dist import config, launch
 from esam_dist.launch import arguments
+from esam_dist.metrics.keys import MetricsKeys
 
 FOLDER = ROOT / "launch/kubernetes"
 OVERLAYS = ["base", *sorted(f"overlays/{path.name}" for path in (FOLDER / "overlays").iterdir())]
@@ -94,7 +95,7 @@ def test_probes_ask_the_health_endpoint_and_grace_covers_the_checkpoint(overlay)
     grace = int(next(word for word in container["args"] if word.startswith("--grace=")).partition("=")[2])
     assert template["spec"]["terminationGracePeriodSeconds"] > grace
     liveness = container["livenessProbe"]
-    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= config.Metrics().stall_seconds
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= MetricsKeys().stall_seconds
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -38,9 +38,7 @@ class Watched:
     def start(self):
         folder = open_run_folder(self.cfg, Ranks())
         progress = _progress(self.cfg, None, read_history(folder), SimpleNamespace(num_samples=10**6))
-        self.metrics = Metrics(
-            folder, self.cfg.metrics, rank=0, local_rank=0, world_size=1, run_info={}, progress=progress
-        )
+        self.metrics = Metrics(folder, self.cfg.metrics, Ranks(), {}, progress)
         self.scrape()
 
     def scrape(self, minutes=1):

@@ -5,14 +5,15 @@ import re
 import subprocess
 
 import yaml
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from servers import ROOT, tool
 
-from esam_dist import config
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.metrics.prometheus import names
 from esam_dist.metrics.sinks import PUSHED_JOB
 from esam_dist.progress import Progress
+from esam_dist.ranks import Ranks
 
 RULES = ROOT / "launch/prometheus/rules.yaml"
 DASHBOARD = ROOT / "launch/grafana/dashboard.json"
@@ -44,16 +45,8 @@ def promtool(*arguments, **kwargs):
 
 
 def filled_registry(tmp_path):
-    metrics = Metrics(
-        tmp_path,
-        config.Metrics(),
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        progress=Progress(planned_steps=10),
-        run_info={"model": "cifar_resnet8"},
-        registry=CollectorRegistry(),
-    )
+    run_info = {"model": "cifar_resnet8"}
+    metrics = Metrics(tmp_path, MetricsKeys(), Ranks(), run_info, Progress(planned_steps=10))
     numbers = dict.fromkeys([*("epoch", "loss", "lr", "grad_norm", "sharpness", "kept_fraction"), "rho", "beta"], 0.5)
     numbers |= dict.fromkeys(["gamma", "selection_threshold", "images_per_second", "step_seconds"], 0.5)
     row = TrainRow(

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from esam_dist import config
 from esam_dist.data import Batch
-from esam_dist.engine import build_engine
+from esam_dist.engine import MicroBatches, build_engine
 from esam_dist.models import Classifier, compile_network
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
-from esam_dist.step import Moment, StepStats
+from esam_dist.step import Engine, Moment, StepStats
 from esam_dist.train import micro_batch
 
 BATCH, CLASSES = 6, 5
@@ -91,6 +91,12 @@ def configuration(method: dict[str, Any], **sections: dict[str, Any]) -> config.
     return config.parse(values, "test")
 
 
+def engine_of(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
+    """The engine as the command line builds it."""
+    batches = MicroBatches.of(cfg.data.batch_size, cfg.train, cfg.method)
+    return build_engine(module, ranks, cfg.optim, cfg.engine, batches)
+
+
 def train_rank(
     ranks: Ranks,
     cfg: config.Config,
@@ -106,7 +112,7 @@ def train_rank(
     if backend is not None:
         cfg.method.prepare(classifier)
         compile_network(classifier.network, by_block=cfg.method.stops_early, backend=backend)
-    trainer = SharpnessAware.over(build_engine(classifier, cfg, ranks), cfg.method, ranks, seed=cfg.run.seed)
+    trainer = SharpnessAware.over(engine_of(classifier, cfg, ranks), cfg.method, ranks, seed=cfg.run.seed)
     stats: list[StepStats] = []
     first = 0
     if start is not None:

@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from esam_dist.esam import Memory
-from esam_dist.rule import Rule
 from torch import Tensor
 
 from esam_dist.averaging import WeightAverage, recompute_batchnorm
-from esam_dist.clock import PhaseClock
-from esam_dist.engine import build_engine
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
+from esam_dist.sharpness_aware import SharpnessAware
+from esam_dist.step import Moment
 from esam_dist.train import micro_batch
 from tests.multiprocess.cluster import Cluster
-from tests.multiprocess.problem import configuration, make_batch, make_network, rank_batch
+from tests.multiprocess.problem import configuration, engine_of, make_batch, make_network, rank_batch
 from tests.multiprocess.test_parity import ENGINES
 
 STEPS = 6
@@ -34,15 +32,12 @@ def trained(ranks: Ranks, engine_name: str, kind: str, averages: bool) -> dict[s
     """What one rank has after some updates of which it kept the average, validated along the way, and saved once."""
     cfg = configuration({"name": "sam"}, engine=ENGINES[engine_name])
     classifier = Classifier(make_network(torch.float32), cfg.train.precision)
-    engine = build_engine(classifier, cfg, ranks)
+    engine = engine_of(classifier, cfg, ranks)
+    trainer = SharpnessAware.over(engine, cfg.method, ranks)
     average, weights = WeightAverage(classifier, kind, **KINDS[kind]), []  # type: ignore[arg-type]
-    memory, clock = Memory(), PhaseClock(ranks.device)
     for step in range(STEPS):
         batch = rank_batch(ranks, step, 0, torch.float32, cfg.data.batch_size)
-        rule = Rule.at(cfg, step=step, epoch=float(step))
-        lr, seed = cfg.optim.lr, (0, step, 0)
-        list(micro_batch(engine, batch, rule, 0, lr=lr, ranks=ranks, seed=seed, clock=clock, memory=memory))
-        ranks.average_buffers(classifier)
+        micro_batch(trainer, batch, cfg, Moment(step, float(step)), cfg.optim.lr)
         if averages:
             average.update(step + 1)
             with average.averaged(classifier):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esam_dist.data import Batch
-from esam_dist.engine import build_engine
 from esam_dist.models import Classifier
 from esam_dist.randomness import seed_step
 from esam_dist.ranks import Ranks
@@ -28,6 +27,7 @@ from tests.multiprocess.problem import (
     Outcome,
     at_scale,
     configuration,
+    engine_of,
     scaler,
     train_rank,
 )
@@ -78,7 +78,7 @@ def batch_with_outlier(network: nn.Module, step: int, rank: int, *, has_outlier:
 def take(ranks: Ranks, cfg: Any, scale: float) -> Taken:
     """One update without an outlier and at scale 1, so that there is momentum; then the one to look at."""
     classifier = Classifier(linear_network(), cfg.train.precision)
-    trainer = SharpnessAware.over(build_engine(classifier, cfg, ranks), cfg.method, ranks, seed=cfg.run.seed)
+    trainer = SharpnessAware.over(engine_of(classifier, cfg, ranks), cfg.method, ranks, seed=cfg.run.seed)
     engine = trainer.engine
     before: dict[str, Any] = {}
     for step, loss_scale in ((0, 1.0), (1, scale)):

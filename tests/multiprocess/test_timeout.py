@@ -10,18 +10,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from esam_dist.engine import build_engine
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
 from tests.multiprocess.cluster import Cluster
-from tests.multiprocess.problem import configuration, make_network, rank_batch
+from tests.multiprocess.problem import configuration, engine_of, make_network, rank_batch
 
 SECONDS = 3.0
 
 
 def go_on_alone(ranks: Ranks, cfg: Any) -> tuple[float, str]:
     """One update by both ranks, another by the first only: how long that waits before it fails, and why."""
-    engine = build_engine(Classifier(make_network(torch.float32)), cfg, ranks)
+    engine = engine_of(Classifier(make_network(torch.float32)), cfg, ranks)
     start = 0.0
     try:
         for step in range(2 if ranks.is_first else 1):

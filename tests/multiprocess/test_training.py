@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from esam_dist.data import Batch
-from esam_dist.engine import build_engine
 from esam_dist.evaluate import evaluate
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
@@ -22,6 +21,7 @@ from tests.multiprocess.problem import (
     CLASSES,
     Outcome,
     configuration,
+    engine_of,
     make_batch,
     make_network,
     train_rank,
@@ -140,7 +140,7 @@ def train_branches(ranks: Ranks, cfg: Any) -> dict[str, Tensor]:
     """One update whose first micro-batch is bright and whose last is dark; how far the weights moved."""
     network = Branches()
     before = {name: param.detach().clone() for name, param in network.named_parameters()}
-    trainer = SharpnessAware.over(build_engine(network, cfg, ranks), cfg.method, ranks)
+    trainer = SharpnessAware.over(engine_of(network, cfg, ranks), cfg.method, ranks)
     for micro, sign in enumerate((1.0, -1.0)):
         images, labels = make_batch(ranks.rank, 0, micro, torch.float32)
         micro_batch(trainer, Batch(sign * images.abs(), labels), cfg, Moment(), cfg.optim.lr)
@@ -169,7 +169,7 @@ class Shares:
 
 def score_rank(ranks: Ranks, cfg: Any) -> Any:
     classifier = Classifier(make_network(torch.float32))
-    engine = build_engine(classifier, cfg, ranks)
+    engine = engine_of(classifier, cfg, ranks)
     return evaluate(engine.module, Shares(ranks.rank), ranks, in_step=engine.calls_together)
 
 

@@ -29,7 +29,7 @@ from benchmarks.coordination.rules import (
 )
 from benchmarks.step_cost.report import summarise, to_sgd
 from docs.tables import pages
-from esam_dist import selection
+from esam_dist.step import selection
 from tests.scores import FRACTIONS, above_threshold, capacities, some, tables
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

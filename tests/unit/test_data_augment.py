@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esam_dist import config
 from esam_dist.data import Batch, open_train, open_validation
 from esam_dist.data.augment import random_box, shift
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.prepare.write import Plan, write_dataset
 from esam_dist.models import build_model
 from tests.commands import here
@@ -32,7 +32,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def batches(root: Path, start: int, count: int, rank=0, world_size=1, **values):
-    cfg = config.Data(**{"path": root, "batch_size": 12, "workers": 0, "image_size": 24, **values})
+    cfg = DataKeys(**{"path": root, "batch_size": 12, "workers": 0, "image_size": 24, **values})
     data = open_train(cfg, seed=5, rank=rank, world_size=world_size, device=CPU)
     return list(islice(data.batches(start), count))
 
@@ -133,7 +133,7 @@ def test_mixed_labels_are_soft_sum_to_one_and_fit_the_images(root, recipe):
             for scope in ("rank", "global")
         ),
         {"score": "forward", "scope": "rank", "group_size": 4},
-        {"score": "random", "scope": "rank", "descent": "recycled_exact", "beta": 1.0},
+        {"name": "recycled", "score": "random", "scope": "rank", "exact": True},
         {"transport": "thresholds"},
         *({"name": name} for name in ("sgd", "sam", "gsam")),
     ],
@@ -141,13 +141,14 @@ def test_mixed_labels_are_soft_sum_to_one_and_fit_the_images(root, recipe):
 )
 def test_soft_labels_go_through_every_step_to_a_checkpoint(tiny, tmp_path, mixed, method):
     changes = [f"data.{key}={value}" for key, value in mixed.items()]
-    changes += [f"method.{key}={value}" for key, value in ({"gamma": 0.5} | method).items()]
+    keeps_half = method.get("name", "recycled") == "recycled"
+    changes += [f"method.{key}={value}" for key, value in (({"gamma": 0.5} if keeps_half else {}) | method).items()]
     answer = here("train", tiny, f"run.folder={tmp_path}", *changes, "train.max_steps=3", "train.label_smoothing=0.1")
     assert answer.status == 0, answer.err
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert all(1.0 < loss < 4.0 for loss in losses)
-    share = 1.0 if method.get("name") else 0.5
+    share = 0.5 if keeps_half else 1.0
     assert [row["kept_fraction"] for row in rows if row["kind"] == "train"] == [share] * 3
 
 
@@ -179,14 +180,14 @@ def test_progressive_sizes_begin_with_their_epoch_on_all_ranks(root):
     for rank in range(2):
         sizes = [b.images.shape[-1] for b in batches(root, 0, 7, rank=rank, world_size=2, **schedule)]
         assert sizes == [16, 16, 16, 16, 16, 32, 32]
-    cfg = config.Data(path=root, image_size=24, workers=0, **schedule)
+    cfg = DataKeys(path=root, image_size=24, workers=0, **schedule)
     data = open_validation(cfg, rank=0, world_size=1, device=CPU)
     assert next(iter(data.batches())).images.shape[-1] == 24
 
 
 def test_crop_ratio_shows_the_centre(root):
     def first(ratio):
-        cfg = config.Data(path=root, image_size=40, crop_ratio=ratio, workers=0)
+        cfg = DataKeys(path=root, image_size=40, crop_ratio=ratio, workers=0)
         return next(iter(open_validation(cfg, rank=0, world_size=1, device=CPU).batches())).images
 
     inner = first(1.0)[:, :, 10:30, 10:30]
@@ -199,7 +200,7 @@ def test_crop_ratio_shows_the_centre(root):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mixed", [{}, {"mixup": 0.4, "cutmix": 1.0}])
 def test_batches_copied_beside_a_busy_gpu_are_those_of_the_cpu(root, workers, mixed):
-    cfg = config.Data(
+    cfg = DataKeys(
         **{"path": root, "batch_size": 12, "workers": workers, "image_size": 24, "augment": "imagenet"} | mixed
     )
     expected = batches(root, 0, 30, augment="imagenet", **mixed)

@@ -45,6 +45,13 @@ def test_processes_that_fetch_one_shard_at_once_into_one_cache_do_not_disturb_ea
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [shard.read_bytes()]
 
 
+def test_a_cached_shard_is_on_the_disk_before_it_has_its_name(digits, tmp_path, monkeypatch):
+    shard, flushed = digits / "train" / "shard-000000.tar", []
+    monkeypatch.setattr(os, "fsync", lambda _: flushed.append([path.suffix for path in tmp_path.iterdir()]))
+    fetch(str(shard), tries=1, cache=tmp_path).close()
+    assert flushed == [[".partial"], [".tar"]]
+
+
 @pytest.mark.parametrize("mode", ["w:gz", "w:xz"])
 def test_compressed_shards_are_fetched_and_not_taken_for_whole_when_cut(tmp_path, mode):
     path = tmp_path / "0.tar"

@@ -14,7 +14,7 @@ from PIL import Image
 from esam_dist.data.augment import centre_box
 from esam_dist.data.dataset import SampleError
 from esam_dist.data.decode import Box, ImageFile
-from esam_dist.data.jpeg import Part, cut, read_header
+from esam_dist.data.jpeg import Edges, Part, cut, read_header
 from esam_dist.data.prepare.encode import Encoding
 from tests.unit.test_data_decode import encode, exif, with_segments
 
@@ -31,7 +31,7 @@ def noise(width: int, height: int, channels: int = 3) -> Image.Image:
 def part_of(data: bytes, left: int, top: int, right: int, bottom: int) -> Part:
     header = read_header(data)
     assert header is not None
-    return cut(data, header, left, top, right, bottom)
+    return cut(data, header, Edges(left, top, right, bottom))
 
 
 def pixels_of(data: bytes, down: int = 1) -> np.ndarray:
@@ -204,7 +204,7 @@ def test_what_follows_the_end_of_an_image_is_no_part_of_it():
 @pytest.mark.parametrize("end", range(0, 700, 7))
 def test_no_header_is_too_short_to_be_looked_at(end):
     header = read_header(MARKED[:end])
-    assert header is None or cut(MARKED[:end], header, 0, 0, 8, 8).data == MARKED[:end]
+    assert header is None or cut(MARKED[:end], header, Edges(0, 0, 8, 8)).data == MARKED[:end]
 
 
 def test_whatever_is_changed_in_a_file_with_markers_it_is_read_or_counted():

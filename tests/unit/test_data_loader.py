@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from esam_dist import config
 from esam_dist.data import open_train, open_validation
 from esam_dist.data.dataset import open_split
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.prepare import prepare_digits
 from esam_dist.data.prepare.write import Plan, write_dataset
 from esam_dist.errors import UserError
@@ -23,15 +23,15 @@ from tests.prepared import Noise
 CPU = torch.device("cpu")
 
 
-def settings(path: Path, **values) -> config.Data:
-    return config.Data(**{"path": path, "batch_size": 32, "workers": 0, "augment": "none", **values})
+def settings(path: Path, **values) -> DataKeys:
+    return DataKeys(**{"path": path, "batch_size": 32, "workers": 0, "augment": "none", **values})
 
 
-def train(cfg: config.Data, rank=0, world_size=1, seed=0):
+def train(cfg: DataKeys, rank=0, world_size=1, seed=0):
     return open_train(cfg, seed=seed, rank=rank, world_size=world_size, device=CPU)
 
 
-def batches(cfg: config.Data, start: int, count: int, **kwargs):
+def batches(cfg: DataKeys, start: int, count: int, **kwargs):
     data = train(cfg, **kwargs)
     return list(islice(data.batches(start), count))
 
@@ -200,9 +200,9 @@ import sys
 from itertools import islice
 from pathlib import Path
 import psutil, torch
-from esam_dist import config
 from esam_dist.data import open_train
-cfg = config.Data(path=Path(sys.argv[1]), workers=1, batch_size=32, image_size=64, augment="imagenet")
+from esam_dist.data.keys import DataKeys
+cfg = DataKeys(path=Path(sys.argv[1]), workers=1, batch_size=32, image_size=64, augment="imagenet")
 batches = open_train(cfg, seed=0, rank=0, world_size=1, device=torch.device("cpu")).batches(0)
 owner = psutil.Process()
 for epoch in range(11):

@@ -6,17 +6,18 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esam_dist.config import Config, Train
+from esam_dist.config import Config
 from esam_dist.data.order import Order, mix, permutation, share
 from esam_dist.progress import Progress
 from esam_dist.train import final_step
+from esam_dist.train_keys import TrainKeys
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 SEEDS = st.integers(0, 2**31 - 1)
 
 
 def sequence(order: Order, start: int, count: int) -> list[int]:
-    return order.draw(start, count).ids.tolist()
+    return order.picks(start, count).ids.tolist()
 
 
 def steps(order: Order, samples_seen: int, num_steps: int, batch_size: int, world_size: int) -> list[int]:
@@ -66,14 +67,14 @@ def test_changing_ranks_and_batch_size_mid_epoch_continues_the_same_sequence(see
 def test_to_the_end_of_training_all_ranks_take_the_same_number_of_full_batches_and_together_the_sequence(
     seed, counts, world_size, batch_size, epochs, samples_seen
 ):
-    order, cfg = Order(seed, counts, window=2), Config(train=Train(epochs=epochs))
+    order, cfg = Order(seed, counts, window=2), Config(train=TrainKeys(epochs=epochs))
     taken = []
     for rank in range(world_size):
         # As the training loop has it: each rank counts for itself, and asks when the last step is only once.
         state = Progress(samples=samples_seen)
         last_step = final_step(cfg, state, order.num_samples, world_size * batch_size)
         batches = order.batches(samples_seen, batch_size=batch_size, rank=rank, world_size=world_size)
-        taken.append([draw.ids.tolist() for draw in islice(batches, last_step)])
+        taken.append([picks.ids.tolist() for picks in islice(batches, last_step)])
     assert len({len(batches) for batches in taken}) == 1
     assert all(len(batch) == batch_size for batches in taken for batch in batches)
     read = [i for step in zip(*taken, strict=True) for batch in step for i in batch]
@@ -101,10 +102,10 @@ def test_epochs_and_seeds_differ():
 
 def test_augmentation_seeds_belong_to_sample_and_epoch():
     order = Order(3, [10, 10], window=2)
-    draw = order.draw(0, 60)
-    seeds = {(int(e), int(i)): int(s) for e, i, s in zip(draw.epochs, draw.ids, draw.seeds, strict=True)}
+    picks = order.picks(0, 60)
+    seeds = {(int(e), int(i)): int(s) for e, i, s in zip(picks.epochs, picks.ids, picks.seeds, strict=True)}
     assert len(set(seeds.values())) == 60
-    again = Order(3, [10, 10], window=1).draw(0, 60)
+    again = Order(3, [10, 10], window=1).picks(0, 60)
     assert seeds == {(int(e), int(i)): int(s) for e, i, s in zip(again.epochs, again.ids, again.seeds, strict=True)}
 
 

@@ -106,7 +106,7 @@ def test_a_run_killed_at_once_goes_on_keeps_its_shards_and_gives_the_same_bytes(
     assert (out / PLAN).exists()
     assert not (out / "dataset.json").exists()
     assert len(workers) == 2
-    (out / "train" / "shard-000001.tar.0badcafe.part").write_bytes(b"half a shard")
+    (out / "train" / ".shard-000001.tar.0badcafe.partial").write_bytes(b"half a shard")
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.index")}
     answer = alone("prepare", "folder", out, *options)
     assert answer.status == 0, answer.err

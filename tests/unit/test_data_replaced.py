@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from esam_dist import config
 from esam_dist.data import open_train
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.prepare import prepare_digits
 from esam_dist.errors import UserError
 
@@ -31,7 +31,7 @@ def other(tmp_path) -> Path:
 
 
 def opened(root: Path, **values):
-    cfg = config.Data(**{"path": root, "batch_size": 32, "workers": 0, "image_size": 8, "augment": "none", **values})
+    cfg = DataKeys(**{"path": root, "batch_size": 32, "workers": 0, "image_size": 8, "augment": "none", **values})
     return open_train(cfg, seed=0, rank=0, world_size=1, device=CPU)
 
 

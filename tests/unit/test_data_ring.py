@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from esam_dist import config
 from esam_dist.data import open_train, open_validation
 from esam_dist.data.dataset import open_split
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.loader import load
 from esam_dist.data.order import Order
 from esam_dist.data.raw import AHEAD, MAX_BAD_IN_A_ROW, Raw, Ring, Skip
@@ -23,14 +23,14 @@ PAUSE_SECONDS = 0.03
 """Longer than workers take for all that is ordered from them: whatever they may overwrite, they have."""
 
 
-def settings(path: Path, **values) -> config.Data:
-    return config.Data(**{"path": path, "batch_size": 8, "image_size": 16, "augment": "shift", **values})
+def settings(path: Path, **values) -> DataKeys:
+    return DataKeys(**{"path": path, "batch_size": 8, "image_size": 16, "augment": "shift", **values})
 
 
-def raw_batches(cfg: config.Data, workers: int, *, pin: bool = False, start_method: str = "fork"):
+def raw_batches(cfg: DataKeys, workers: int, *, pin: bool = False, start_method: str = "fork"):
     split = open_split(cfg.path, "train")
-    draws = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=cfg.batch_size, rank=0, world_size=1)
-    loader = load(split, cfg, draws, workers, train=True, pin=pin)
+    picks = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=cfg.batch_size, rank=0, world_size=1)
+    loader = load(split, cfg.model_copy(update={"workers": workers}), picks, train=True, pin=pin)
     if workers:
         loader.multiprocessing_context = start_method
     return iter(loader)

@@ -8,7 +8,7 @@ import pytest
 
 from esam_dist.checksum import sha256
 from esam_dist.data.dataset import open_split
-from esam_dist.data.shards import PARTIAL, Sample, read_index, write_shard
+from esam_dist.data.shards import Sample, read_index, write_shard
 from esam_dist.data.tar import BLOCK, member_name, members
 from esam_dist.errors import UserError
 from tests.commands import here
@@ -92,7 +92,7 @@ def test_two_writers_of_one_shard_do_not_write_into_each_others_file(tmp_path):
     info = write_shard(path, with_another_writer_in_the_middle(), 0)
     assert read_index(path)[0] == info
     assert sha256(path) == info.sha256
-    assert not list(path.parent.glob(f"*{PARTIAL}"))
+    assert {file.name for file in path.parent.iterdir()} == {path.name, "shard-000000.index"}
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path):

@@ -25,7 +25,7 @@ from tests.unit.test_data_loader import CPU, batches, corrupt, settings, train
 def test_a_corrupt_sample_is_replaced_counted_and_named_once(copy, caplog):
     intact = batches(settings(copy, batch_size=1437), 0, 1)[0]
     data = train(settings(copy))
-    bad = int(Order(0, open_split(copy, "train").counts, 16).draw(40, 1).ids[0])
+    bad = int(Order(0, open_split(copy, "train").counts, 16).picks(40, 1).ids[0])
     corrupt(copy, bad)
     with caplog.at_level(logging.WARNING):
         read = list(islice(data.batches(0), 45 + 45))
@@ -48,7 +48,7 @@ def test_a_corrupt_validation_sample_is_left_out(copy):
 
 def first_ids(root: Path, count: int) -> list[int]:
     """The samples that training begins with."""
-    return Order(0, open_split(root, "train").counts, 16).draw(0, count).ids.tolist()
+    return Order(0, open_split(root, "train").counts, 16).picks(0, count).ids.tolist()
 
 
 def test_too_many_corrupt_samples_stop_the_run(copy):

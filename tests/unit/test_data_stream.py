@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from esam_dist import config
 from esam_dist.data import open_train
+from esam_dist.data.keys import DataKeys
 from esam_dist.errors import UserError
 from tests.streamed import png, server, shard, sound
 
@@ -22,7 +22,7 @@ def short_pauses(monkeypatch):
 
 
 def streamed(digits: Path, url: str, count: int, **values):
-    cfg = config.Data(
+    cfg = DataKeys(
         **{
             "path": digits,
             "stream": url,
@@ -39,7 +39,7 @@ def streamed(digits: Path, url: str, count: int, **values):
 
 
 def known_pairs(digits: Path) -> set:
-    cfg = config.Data(path=digits, batch_size=1438, workers=0, image_size=8, augment="none")
+    cfg = DataKeys(path=digits, batch_size=1438, workers=0, image_size=8, augment="none")
     batch = next(open_train(cfg, seed=0, rank=0, world_size=1, device=CPU).batches(0))
     return {(image.numpy().tobytes(), int(label)) for image, label in zip(batch.images, batch.labels, strict=True)}
 
@@ -185,7 +185,7 @@ def test_names_that_lead_elsewhere_are_names_and_nothing_more(digits, tmp_path):
 
 
 def test_a_resumed_stream_does_not_begin_again(digits):
-    cfg = config.Data(
+    cfg = DataKeys(
         path=digits, stream=f"{digits}/train/shard-{{000000..000003}}.tar", stream_samples=1438, workers=0, image_size=8
     )
     data = open_train(cfg, seed=0, rank=0, world_size=1, device=CPU)

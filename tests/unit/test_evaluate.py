@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from esam_dist import config
 from esam_dist.data import Batch, open_validation
+from esam_dist.data.keys import DataKeys
 from esam_dist.evaluate import evaluate
 from esam_dist.ranks import Ranks
 
@@ -73,7 +73,7 @@ class Remembering(nn.Module):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_over_all_ranks_every_sample_is_counted_exactly_once(digits, world_size):
-    cfg = config.Data(path=digits, batch_size=64, workers=0, image_size=16)
+    cfg = DataKeys(path=digits, batch_size=64, workers=0, image_size=16)
     model, counted = Remembering(), []
     for rank in range(world_size):
         data = open_validation(cfg, rank=rank, world_size=world_size, device=CPU)

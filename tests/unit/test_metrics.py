@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow, jsonl, rewind
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.metrics.prometheus import HISTORY, PHASES, REASONS, names
 from esam_dist.progress import Progress
+from esam_dist.ranks import Ranks
 
 ROW = TrainRow(
     step=10,
@@ -39,7 +39,9 @@ ROW = TrainRow(
     skipped_samples={"checksum": 2},
     phases={"ascent": [0.1, 0.3], "descent": [0.2, 0.2]},
 )
-VALIDATION = ValidationRow(step=10, epoch=0.5, accuracy=0.9, top5_accuracy=0.99, loss=0.3, seconds=1.5)
+VALIDATION = ValidationRow(
+    step=10, epoch=0.5, accuracy=0.9, top5_accuracy=0.99, loss=0.3, seconds=1.5, averaged_accuracy=0.91
+)
 DESIGN_KEYS = ["kind", "step", "epoch", "loss", "lr", "grad_norm", "sharpness", "kept_fraction", "images_per_second"]
 
 
@@ -48,16 +50,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(folder, rank=0, standing=BEGINNING, **cfg):
-    return Metrics(
-        folder,
-        config.Metrics(**cfg),
-        rank=rank,
-        local_rank=rank,
-        world_size=2,
-        progress=standing,
-        run_info={"model": "cifar_resnet8", "method": "esam"},
-        registry=CollectorRegistry(),
-    )
+    run_info = {"model": "cifar_resnet8", "method": "esam"}
+    return Metrics(folder, MetricsKeys(**cfg), Ranks(rank, rank, 2), run_info, standing)
 
 
 @pytest.fixture

@@ -7,20 +7,14 @@ import pytest
 from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.metrics import Metrics
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.progress import Progress
+from esam_dist.ranks import Ranks
 from tests.commands import free_port
 
 
 def build(folder, **cfg):
-    return Metrics(
-        folder,
-        config.Metrics(**cfg),
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        run_info={},
-        progress=Progress(planned_steps=100),
-    )
+    return Metrics(folder, MetricsKeys(**cfg), Ranks(), {}, Progress(planned_steps=100))
 
 
 def test_missing_gateway_is_a_warning_and_no_failure(tmp_path, caplog):
@@ -47,7 +41,7 @@ def test_every_sink_is_closed_whatever_another_one_raises(tmp_path, monkeypatch)
     server, lines = metrics._server, metrics._rows
     monkeypatch.setattr(metrics._board, "close", refuse)
     monkeypatch.setattr(metrics, "_push", refuse)
-    monkeypatch.setattr(metrics, "_cfg", config.Metrics(gateway="http://127.0.0.1:9"))
+    monkeypatch.setattr(metrics, "_cfg", MetricsKeys(gateway="http://127.0.0.1:9"))
     with pytest.raises(RuntimeError, match="no room"):
         metrics.close()
     assert lines._file.closed

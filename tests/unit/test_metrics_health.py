@@ -9,11 +9,12 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from esam_dist import config
 from esam_dist.errors import UserError
 from esam_dist.metrics import Metrics
 from esam_dist.metrics.health import Pulse, Server
+from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.progress import Progress
+from esam_dist.ranks import Ranks
 
 
 def get(port, path, host="127.0.0.1", method="GET"):
@@ -106,14 +107,7 @@ def test_taken_port_is_one_line_with_key_value_and_remedy(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError) as error:
-            Metrics(
-                tmp_path,
-                config.Metrics(port=port - 1),
-                rank=1,
-                local_rank=1,
-                world_size=2,
-                run_info={},
-            )
+            Metrics(tmp_path, MetricsKeys(port=port - 1), Ranks(1, 1, 2), {})
     assert f"metrics.port = {port}" in str(error.value)
     assert "choose a free port" in str(error.value)
     assert "\n" not in str(error.value)
@@ -136,15 +130,7 @@ def test_endpoint_lives_until_close(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    metrics = Metrics(
-        tmp_path,
-        config.Metrics(port=port),
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        run_info={},
-        progress=Progress(planned_steps=1),
-    )
+    metrics = Metrics(tmp_path, MetricsKeys(port=port), Ranks(), {}, Progress(planned_steps=1))
     assert "esam_planned_steps 1.0" in get(port, "/metrics")[1]
     metrics.close()
     with pytest.raises(urllib.error.URLError, match="refused"):

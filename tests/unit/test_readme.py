@@ -17,9 +17,10 @@ PAGES = tables.pages()
 def commands():
     """Every `esam-dist ...` and `-m esam_dist ...` in the blocks of the pages, as arguments."""
     text = "\n".join(page.read_text() for page in PAGES)
-    # Blocks of a language are matched too, for else their end would be taken for a beginning.
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        for line in [] if language else block.replace("\\\n", " ").splitlines():
+    # A block of a language, such as Python, begins otherwise; its end must not be taken for a beginning.
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for block in [block for language, block in blocks if language in ("", "sh")]:
+        for line in block.replace("\\\n", " ").splitlines():
             _, found, arguments = re.sub(r"(-m|--module) esam_dist ", "esam-dist ", line).partition("esam-dist ")
             if found:
                 yield shlex.split(re.split(r" [|>] ", arguments)[0], comments=True)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from esam_dist.schedule import Schedule, learning_rate
+from esam_dist.schedule import LearningRate, Schedule
 
 
 def test_constant_schedule_is_the_same_always():
@@ -57,32 +57,32 @@ def test_values_bound_the_schedule():
 @pytest.mark.parametrize("epoch", [0.0, 0.3, 1.99])
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
 def test_warmup_rises_linearly_from_zero(schedule, epoch):
-    rate = learning_rate(epoch, peak=0.4, epochs=10, schedule=schedule, warmup_epochs=2.0)
+    rate = LearningRate(peak=0.4, epochs=10, schedule=schedule, warmup_epochs=2.0)(epoch)
     assert rate == pytest.approx(0.4 * epoch / 2.0)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 2.0])
 @pytest.mark.parametrize("epoch", [2.0, 3.7, 9.0, 10.0])
 def test_cosine_falls_from_peak_to_zero(epoch, warmup):
-    rate = learning_rate(epoch, peak=0.4, epochs=10, schedule="cosine", warmup_epochs=warmup)
+    rate = LearningRate(peak=0.4, epochs=10, schedule="cosine", warmup_epochs=warmup)(epoch)
     assert rate == pytest.approx(0.2 * (1 + math.cos(math.pi * (epoch - warmup) / (10 - warmup))), abs=1e-12)
 
 
 def test_cosine_does_not_rise_again_after_the_end():
-    assert learning_rate(12.0, peak=0.4, epochs=10, schedule="cosine") == pytest.approx(0.0, abs=1e-12)
+    assert LearningRate(peak=0.4, epochs=10, schedule="cosine")(12.0) == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("epoch", "factor"), [(0.0, 1.0), (2.99, 1.0), (3.0, 0.2), (5.9, 0.2), (6.0, 0.04), (9.0, 0.04)]
 )
 def test_steps_multiply_at_each_epoch_named(epoch, factor):
-    rate = learning_rate(epoch, peak=0.4, epochs=10, schedule="step", step_epochs=[3, 6], step_factor=0.2)
+    rate = LearningRate(peak=0.4, epochs=10, schedule="step", step_epochs=[3, 6], step_factor=0.2)(epoch)
     assert rate == pytest.approx(0.4 * factor)
 
 
 def test_constant_rate_stays_at_the_peak():
-    assert learning_rate(9.9, peak=0.4, epochs=10, schedule="constant", warmup_epochs=1.0) == 0.4
+    assert LearningRate(peak=0.4, epochs=10, schedule="constant", warmup_epochs=1.0)(9.9) == 0.4
 
 
 def test_warmup_of_the_whole_run_leaves_no_room_for_the_cosine():
-    assert learning_rate(2.0, peak=0.4, epochs=2, schedule="cosine", warmup_epochs=2.0) == 0.4
+    assert LearningRate(peak=0.4, epochs=2, schedule="cosine", warmup_epochs=2.0)(2.0) == 0.4

@@ -9,6 +9,7 @@ import torch
 from esam_dist import config
 from esam_dist.data import open_train
 from esam_dist.data.fetch import FetchError, fetch
+from esam_dist.data.keys import DataKeys
 from esam_dist.errors import UserError
 from tests.commands import here
 
@@ -18,7 +19,7 @@ SECRET = "s3cr-t"
 
 def opened(digits, stream, count=20):
     values = {"path": digits, "stream": stream, "stream_samples": 1438, "batch_size": 32, "workers": 0, "image_size": 8}
-    cfg = config.Data(**values, augment="none", stream_tries=1)
+    cfg = DataKeys(**values, augment="none", stream_tries=1)
     data = open_train(cfg, seed=0, rank=0, world_size=1, device=CPU)
     return data, list(islice(data.batches(0), count))
 

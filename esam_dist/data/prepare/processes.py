@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from esam_dist.data.open_files import check_open_files
 from esam_dist.errors import UserError
 
-Job = TypeVar("Job")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def results(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+def results(work: Callable[[Item], Result], jobs: Sequence[Item], workers: int) -> Iterator[Result]:
     """What `work` makes of each of `jobs`, in their order; `workers` 0 works in this process.
 
     Raises UserError when a worker is killed, or so many cannot be started.

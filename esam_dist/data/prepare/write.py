@@ -26,7 +26,6 @@ from esam_dist.data.prepare.processes import results
 from esam_dist.data.prepare.source import Source
 from esam_dist.data.raw import Skip
 from esam_dist.data.shards import (
-    PARTIAL,
     Entries,
     Sample,
     ShardInfo,
@@ -34,9 +33,9 @@ from esam_dist.data.shards import (
     parsed,
     read_index,
     write_shard,
-    written_beside,
 )
 from esam_dist.errors import UserError
+from esam_dist.files import remove_partial, write_file
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class Plan:
     encoding: Encoding = field(default_factory=Encoding)
 
 
-class Job(NamedTuple):
+class ShardJob(NamedTuple):
     """One shard to write: which samples, in which order."""
 
     split: str
@@ -80,8 +79,9 @@ def write_dataset(source: Source, out: Path, plan: Plan, *, workers: int = 0) ->
         log.info("%s: %d of %d shards are there already", out, len(jobs) - len(waiting), len(jobs))
     _write_all(source, out, plan, waiting, workers)
     _describe(source, out, jobs, fingerprint)
-    for leftover in (*out.rglob(f"*{PARTIAL}"), out / PLAN):
-        leftover.unlink(missing_ok=True)
+    for folder in (out, *(out / split for split in source.labels)):
+        remove_partial(folder)
+    (out / PLAN).unlink(missing_ok=True)
 
 
 def _claim(out: Path, fingerprint: dict[str, Any]) -> None:
@@ -96,34 +96,34 @@ def _claim(out: Path, fingerprint: dict[str, Any]) -> None:
             if held != fingerprint:
                 raise UserError(f"OUT = {out}: holds data prepared otherwise ({name}); delete it or choose another")
     out.mkdir(parents=True, exist_ok=True)
-    (out / PLAN).write_text(json.dumps(fingerprint))
+    write_file(out / PLAN, json.dumps(fingerprint))
 
 
-def _jobs(source: Source, split: str, plan: Plan) -> Iterator[Job]:
+def _jobs(source: Source, split: str, plan: Plan) -> Iterator[ShardJob]:
     num_samples = len(source.labels[split])
     if num_samples == 0:
         raise UserError(f"{source.name}: the split {split!r} is empty; give more images or another share")
     order = np.argsort(mix(plan.seed, _ORDER, np.arange(num_samples)))
     first_key = 0
     for number, part in enumerate(np.array_split(order, -(-num_samples // plan.samples_per_shard))):
-        yield Job(split, number, part.tolist(), first_key)
+        yield ShardJob(split, number, part.tolist(), first_key)
         first_key += len(part)
 
 
-def _write_all(source: Source, out: Path, plan: Plan, jobs: list[Job], workers: int) -> None:
+def _write_all(source: Source, out: Path, plan: Plan, jobs: list[ShardJob], workers: int) -> None:
     with _Progress(sum(len(job.samples) for job in jobs)) as progress:
         for num_samples in results(partial(_write, source, out, plan.encoding), jobs, workers):
             progress.add(num_samples)
 
 
-def _write(source: Source, out: Path, encoding: Encoding, job: Job) -> int:
+def _write(source: Source, out: Path, encoding: Encoding, job: ShardJob) -> int:
     info = write_shard(job.path(out), _samples(source, encoding, job), job.first_key)
     if info.samples == 0:
         raise UserError(f"{source.name}: no image of {job.path(out).name} ({job.split}) can be read; repair the source")
     return len(job.samples)
 
 
-def _samples(source: Source, encoding: Encoding, job: Job) -> Iterator[Sample]:
+def _samples(source: Source, encoding: Encoding, job: ShardJob) -> Iterator[Sample]:
     for sample in job.samples:
         try:
             image, suffix = encoding(*source.read(job.split, sample))
@@ -133,7 +133,7 @@ def _samples(source: Source, encoding: Encoding, job: Job) -> Iterator[Sample]:
         yield Sample(image, suffix, source.labels[job.split][sample])
 
 
-def _describe(source: Source, out: Path, jobs: list[Job], fingerprint: dict[str, Any]) -> None:
+def _describe(source: Source, out: Path, jobs: list[ShardJob], fingerprint: dict[str, Any]) -> None:
     splits = {}
     for split in source.labels:
         own = [job for job in jobs if job.split == split]
@@ -157,10 +157,9 @@ def list_split(parts: Sequence[tuple[Path, ShardInfo, Entries]], num_classes: in
 def write_description(
     out: Path, name: str, class_names: list[str], splits: dict[str, ListedSplit], plan: dict[str, Any]
 ) -> None:
-    """Write `dataset.json`, beside and renamed."""
+    """Write `dataset.json`, in one move."""
     description = Description(format=2, name=name, classes=class_names, splits=splits, plan=plan)
-    with written_beside(out / DESCRIPTION) as partial_path:
-        partial_path.write_text(json.dumps(description.model_dump(), indent=1) + "\n")
+    write_file(out / DESCRIPTION, json.dumps(description.model_dump(), indent=1) + "\n")
 
 
 class _Progress:

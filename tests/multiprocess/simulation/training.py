@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from esam_dist import config
+from esam_dist.engine.keys import OptimKeys
 from esam_dist.methods import Method
 from esam_dist.randomness import seed_step
 from tests.multiprocess.simulation.methods import METHODS, sgd
@@ -24,7 +24,7 @@ class Simulation:
     """What W ranks would have after each update."""
 
     network: nn.Module
-    optim: config.Optim
+    optim: OptimKeys
     method: Method
     label_smoothing: float = 0.0
     shared: bool = False

@@ -1,0 +1,21 @@
+"""The keys of `run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from esam_dist.section import Folder, Section
+
+
+class RunKeys(Section):
+    """Where the run lives, and what makes it repeatable."""
+
+    folder: Folder = Path("runs/esam")
+    """Everything the run writes: config, metrics, checkpoints, environment."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Weights, data order, augmentation, perturbed parameters and dropout are functions of it."""
+    resume: str = "auto"
+    """`auto`: continue from the newest valid checkpoint; `never`: a new run; else the path of a checkpoint."""
