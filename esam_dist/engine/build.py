@@ -13,7 +13,9 @@ from esam_dist.step.engine import Engine
 
 def build_engine(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
     """The engine that `engine.name` asks for, with the optimizer that `optim` describes."""
-    optimizer = build_optimizer(module, cfg.optim)
+    # ZeRO has shards of its own to update, and looks at their gradients itself.
+    whole = cfg.engine.name == "native" or cfg.engine.zero_stage == 0
+    optimizer = build_optimizer(module, cfg.optim, fused=whole)
     # Each group of a batch is a micro-batch of its own.
     num_groups = cfg.method.num_groups(cfg.data.batch_size)
     accumulate, fp16 = cfg.train.accumulate * num_groups, cfg.train.precision == "fp16"
@@ -37,8 +39,11 @@ def build_engine(module: nn.Module, cfg: config.Config, ranks: Ranks) -> Engine:
     return engine
 
 
-def build_optimizer(module: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters, with or without decay of normalisation parameters and biases."""
+def build_optimizer(module: nn.Module, cfg: config.Optim, *, fused: bool = False) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trainable parameters, with or without decay of normalisation parameters and biases.
+
+    `fused`: one that can skip an update without a wait for the device.
+    """
     trainable = [param for param in module.parameters() if param.requires_grad]
     # Biases and the affine parameters of every normalisation are the tensors with fewer than two dimensions.
     decayed = [param for param in trainable if param.ndim > 1 or cfg.decay_norm_and_bias]
@@ -49,5 +54,5 @@ def build_optimizer(module: nn.Module, cfg: config.Optim) -> torch.optim.Optimiz
         if params
     ]
     if cfg.name == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.momentum, cfg.beta2))
-    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
+        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.momentum, cfg.beta2), fused=fused)
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)

@@ -13,12 +13,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only from lower floors, files of one folder also from each other (docs/architecture.md).
 FLOORS = [
     {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness"},
-    {"ranks", "section"},
+    {"ranks", "section", "skips"},
     {"step"},
     {"methods"},
     {"config", "models", "checkpoint"},
     {"data", "metrics", "engine", "run_folder", "launch", "lock"},
     {"sharpness_aware", "evaluate", "report", "resume"},
+    {"window"},
     {"train"},
     {"cli"},
     {"__main__"},
