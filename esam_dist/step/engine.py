@@ -59,6 +59,7 @@ class Engine(ABC):
         """End the micro-batch; after the last of an update: clip, update at rate `lr` (None: the optimizer's), clear.
 
         Returns the norm of the averaged gradient before clipping, a scalar on the device; nan where no update ended.
+        Where it is not finite, weights and optimizer state are left as they are, on all ranks alike.
         """
 
     @abstractmethod

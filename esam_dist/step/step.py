@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,45 +25,8 @@ from esam_dist.step.examples import Examples, Tree
 from esam_dist.step.perturbation import Perturbation
 from esam_dist.step.score import Head
 from esam_dist.step.state import MethodState
+from esam_dist.step.stats import Moment, StepStats
 from esam_dist.step.vector import Vector
-
-
-class Moment(NamedTuple):
-    """Where in the training a step lies: what schedules and phases are functions of."""
-
-    update: int = 0
-    """Updates made before."""
-    epoch: float = 0.0
-    """Samples seen over samples in the set."""
-    share: float = 0.0
-    """Of the whole training that is done, in [0, 1]."""
-
-
-class StepStats(NamedTuple):
-    """What one step measured on this rank: scalars on the device, so that nothing waits for them."""
-
-    loss: Tensor
-    """Mean loss of the batch at the unperturbed weights (at the perturbed ones, where the step visits no others)."""
-    sharpness: Tensor
-    """Mean rise of the loss under the perturbation, over the samples evaluated at both; nan where there are none."""
-    num_kept: Tensor
-    """Samples that this rank's descent used."""
-    threshold: Tensor
-    """Smallest score kept; nan where nothing was scored."""
-    skipped: Tensor
-    """1 where the ascent direction was not finite and the weights stayed unperturbed, else 0."""
-    grad_norm: Tensor
-    """Norm of the averaged gradient before clipping; nan where the micro-batch ended no update."""
-
-    @staticmethod
-    def merged(groups: list[StepStats]) -> StepStats:
-        """Those of a batch whose groups have made a step each."""
-        if len(groups) == 1:
-            return groups[0]
-        loss, sharpness, num_kept, threshold, skipped, grad_norm = (
-            torch.stack(each) for each in zip(*groups, strict=True)
-        )
-        return StepStats(loss.mean(), sharpness.nanmean(), num_kept.sum(), threshold[-1], skipped.sum(), grad_norm[-1])
 
 
 @dataclass
@@ -86,6 +49,8 @@ class Step:
     _loss_B: Tensor | None = field(default=None, init=False)
     """At the unperturbed weights."""
     _loss: Tensor | None = field(default=None, init=False)
+    _descended: Tensor | None = field(default=None, init=False)
+    """Mean loss of the latest pass for the update."""
     _rise: Tensor | None = field(default=None, init=False)
     _finite: Tensor | None = field(default=None, init=False)
     _kept: Selection | None = field(default=None, init=False)
@@ -214,6 +179,7 @@ class Step:
             action()
         self._at_end.clear()
         self._choice = None
+        ends_update = self.engine.ends_update
         grad_norm = self.engine.step(lr)
         self.clock.end("update")
         loss = self._loss if self._loss_B is None else self._loss_B.mean()
@@ -226,6 +192,8 @@ class Step:
             threshold=nan if self._kept is None else self._kept.threshold,
             skipped=torch.zeros_like(loss) if self._finite is None else (~self._finite).float(),
             grad_norm=grad_norm,
+            skipped_update=(~torch.isfinite(grad_norm)).float() if ends_update else torch.zeros_like(loss),
+            not_finite=(~torch.isfinite(loss if self._descended is None else loss + self._descended)).float(),
         )
 
     def _pass(self, of: Tensor | None) -> Tensor:
@@ -285,6 +253,7 @@ class Step:
 
     def _note(self, loss_D: Tensor, index_D: Tensor | slice) -> None:
         """What the losses of a pass for the update say."""
+        self._descended = loss_D.mean()
         if self._loss_B is None:
             self._loss = loss_D.mean()
         elif self._rise is None and self._is_perturbed:
