@@ -12,7 +12,6 @@ import torch
 from esam_dist import SharpnessAware, methods
 from esam_dist.checkpoint import read
 from esam_dist.data import Batch
-from esam_dist.engine import build_engine
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
 from esam_dist.soundness import not_finite
@@ -20,7 +19,7 @@ from esam_dist.step import Moment
 from esam_dist.train import micro_batch
 from tests.commands import TIMEOUT_SECONDS, here, on_ranks, rows
 from tests.multiprocess.cluster import Cluster
-from tests.multiprocess.problem import CLASSES, configuration, make_batch, make_network
+from tests.multiprocess.problem import CLASSES, configuration, engine_of, make_batch, make_network
 from tests.multiprocess.test_training import assert_same_bits
 
 pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS)
@@ -40,7 +39,7 @@ OPTIMIZERS = {
 def with_a_bad_batch(ranks: Ranks, cfg: Any, bad: int) -> list[tuple[dict[str, Any], float, float]]:
     """The state after each of four updates, whether it was skipped, and whether a loss of this rank was not finite."""
     classifier = Classifier(make_network(torch.float32), cfg.train.precision)
-    trainer = SharpnessAware.over(build_engine(classifier, cfg, ranks), cfg.method, ranks)
+    trainer = SharpnessAware.over(engine_of(classifier, cfg, ranks), cfg.method, ranks)
     taken = [(trainer.engine.state_dict(), 0.0, 0.0)]
     for step in range(4):
         for micro in range(cfg.train.accumulate):
@@ -123,7 +122,7 @@ def test_weights_with_the_channels_innermost_are_updated_by_their_own_gradients(
     """GSAM's mixed gradients, and momentum from a checkpoint, may lie in memory in another order than the weights."""
     cfg = configuration({"name": "gsam"}, optim={"name": name, "lr": 0.01})
     network = make_network(torch.float64).to(memory_format=layout)
-    trainer = SharpnessAware.over(build_engine(Classifier(network, "fp32"), cfg, Ranks()), cfg.method, Ranks())
+    trainer = SharpnessAware.over(engine_of(Classifier(network, "fp32"), cfg, Ranks()), cfg.method, Ranks())
     for step in range(4):
         micro_batch(trainer, Batch(*make_batch(0, step, 0, torch.float64)), cfg, Moment(step), cfg.optim.lr)
         state = trainer.engine.state_dict()
