@@ -13,14 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from esam_dist import SharpnessAware, methods
 from esam_dist.checkpoint import read
 from esam_dist.data import Batch
-from esam_dist.engine import build_engine
 from esam_dist.errors import UserError
 from esam_dist.ranks import Ranks
 from esam_dist.step import Moment
 from esam_dist.train import micro_batch
 from tests.commands import TIMEOUT_SECONDS, on_ranks
 from tests.multiprocess.cluster import Cluster
-from tests.multiprocess.problem import CLASSES, configuration, make_batch
+from tests.multiprocess.problem import CLASSES, configuration, engine_of, make_batch
 from tests.multiprocess.test_training import assert_same_bits
 
 ENGINES = {"native": ["engine.name=native"], "zero1": ["engine.name=deepspeed", "engine.zero_stage=1"]}
@@ -143,7 +142,7 @@ class Partly(nn.Module):
 def train_partly(ranks: Ranks, cfg: Any, layer: str) -> dict[str, Any]:
     """Three updates; what the model holds, and the error that ended them."""
     network = Partly(layer)
-    engine = build_engine(network, cfg, ranks)
+    engine = engine_of(network, cfg, ranks)
     trainer = SharpnessAware.over(engine, cfg.method, ranks)
     for step in range(3):
         before = {name: value.clone() for name, value in network.state_dict().items()}
