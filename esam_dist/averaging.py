@@ -1,6 +1,6 @@
-"""The average of the weights along the training, for any method, kept beside them, and in their place to be validated.
+"""The average of the weights over the training, for any method: kept beside them, put in their place for validation.
 
-What is trained never sees it. Replicas are identical to the bit, so their averages are, without a word between ranks.
+Training never sees it. Replicas are identical to the bit, so their averages are too, without any exchange.
 """
 
 from __future__ import annotations

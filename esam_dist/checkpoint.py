@@ -2,11 +2,11 @@
 
 `step_NNNNNNNN/state.pt` holds tensors and plain values only (read with `weights_only=True`), `metadata.json` the step,
 the validation accuracy where it was measured, and the SHA-256 of `state.pt`. A folder with this name is complete:
-it gets the name last. It is sound when its checksum fits and all that it holds is there and finite (`soundness`).
+it gets the name last. It is sound when its checksum fits, nothing is missing, and all is finite (`soundness`).
 Only rank 0 touches the disk, so no file system needs to be shared.
 
 `.partial_step_N`     being written, or left by a kill
-`.replaced_step_N`    what stood in the place of a new `step_N`; counts as `step_N` where a kill came between
+`.replaced_step_N`    what a new `step_N` has replaced; counts as `step_N` where a kill came in between
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Checkpoints:
         return "none"
 
     def _write(self, state: State, partial: Path, metadata: dict[str, Any]) -> None:
-        # Not the run folder as well: one that is gone, with what it held, is not to seem there.
+        # Without its parents: a run folder that is gone, with all that it held, must not seem to be there.
         self.folder.mkdir(exist_ok=True)
         self._clear()
         partial.mkdir()
@@ -176,14 +176,14 @@ class Checkpoints:
         _remove(replaced)
 
     def _clear(self) -> None:
-        """Remove what killed processes left, but for what stands for a checkpoint."""
+        """Remove what killed processes left, except what counts as a checkpoint."""
         steps = set(self._steps())
         for path in self._entries():
             if OURS.fullmatch(path.name) and path not in steps:
                 _remove(path)
 
     def _prune(self, step: int) -> None:
-        # Neither one that is broken nor one of a later step, passed over at the start, stands for one of the newest.
+        # Broken ones, and those of a later step (passed over at the start), do not count among the newest.
         found = [path for path in self.all() if _number(path) <= step]
         kept = [path for path in found if path.name not in self._broken][-self._keep :]
         best = self.best()

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 FILE = "run.lock"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-"""A lock of another machine that nobody touched for so long has no holder any more."""
+"""A lock of another machine that nobody has touched for this long has no holder any more."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Holder:
 
     @staticmethod
     def parsed(content: bytes) -> Holder:
-        """Who wrote `content`; somebody unknown where that cannot be told, such as in the middle of its writing."""
+        """Who wrote `content`; an unknown holder where that cannot be told, as while it is being written."""
         try:
             holder = Holder(**json.loads(content))
         except (ValueError, TypeError, RecursionError):
@@ -224,7 +224,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
 def process_began(pid: int) -> str | None:
     """When the process `pid` of this machine began, in the kernel's own count; None: it is gone.
 
-    Empty where it lives, and nothing more is told: another user's, or a system without /proc.
+    Empty where it lives, but its beginning cannot be told: another user's process, or a system without /proc.
     """
     try:
         # The name, in brackets, may itself hold brackets and spaces.

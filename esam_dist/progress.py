@@ -22,6 +22,8 @@ class Progress:
     """Position in the global sequence of samples, over all ranks."""
     sharp_updates: int = 0
     """Of the updates made, the sharpness-aware ones."""
+    skipped_in_a_row: int = 0
+    """Of the updates made, the latest ones that were skipped, as their gradient was not finite."""
     restarts: int = 0
     """Starts after the first, that of this process included."""
     not_finite: int = 0
@@ -29,11 +31,21 @@ class Progress:
 
     def saved(self) -> dict[str, int]:
         """What a checkpoint keeps."""
-        return {"step": self.step, "samples_seen": self.samples, "sharp_updates": self.sharp_updates}
+        return {
+            "step": self.step,
+            "samples_seen": self.samples,
+            "sharp_updates": self.sharp_updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     @staticmethod
     def of(saved: dict[str, Any] | None) -> Progress:
         """From `saved`; the beginning for None. Checkpoints of earlier versions hold more, or less."""
         if saved is None:
             return Progress()
-        return Progress(step=saved["step"], samples=saved["samples_seen"], sharp_updates=saved.get("sharp_updates", 0))
+        return Progress(
+            step=saved["step"],
+            samples=saved["samples_seen"],
+            sharp_updates=saved.get("sharp_updates", 0),
+            skipped_in_a_row=saved.get("skipped_in_a_row", 0),
+        )

@@ -1,7 +1,7 @@
 """Which process of the job this is, and all our own collectives.
 
-The gradient's all-reduce belongs to DDP or DeepSpeed. What is exchanged here is small: scores, statistics, BatchNorm
-buffers.
+The all-reduce of a backward pass belongs to DDP or DeepSpeed. What is exchanged here is small (scores, statistics,
+BatchNorm buffers), but for gradients that a method has made itself, and the averages that some methods keep.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def open_run_folder(cfg: config.Config, ranks: Ranks) -> Path:
         begun = (folder / "checkpoints").exists() and (saved.exists() or any(folder.glob("checkpoints/step_*")))
         if begun:
             _refuse_another(cfg, folder)
-        # Without a checkpoint nothing says that it is the same run, but that nothing was changed.
+        # Without a checkpoint, only an unchanged configuration says that it is the same run.
         same = begun or (saved.exists() and saved.read_bytes() == config.dump(cfg).encode())
         write_file(saved, config.dump(cfg))
         write_file(folder / "environment.json", json.dumps(environment(ranks), indent=2) + "\n")

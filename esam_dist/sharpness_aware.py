@@ -22,7 +22,7 @@ from esam_dist.methods.needs import zero3_refusal
 from esam_dist.randomness import seeded
 from esam_dist.ranks import Ranks
 from esam_dist.step import Engine, Examples, MethodState, Moment, Step, StepStats
-from esam_dist.step.batchnorm import GroupStatistics
+from esam_dist.step.batchnorm import GroupStatistics, SoundBuffers
 from esam_dist.step.examples import Loss, Tree
 
 PLAIN = SGD()
@@ -42,9 +42,9 @@ class Options(TypedDict, total=False):
     seed: int
     """Of every random draw: perturbed weights, random scores, dropout. 0."""
     total_updates: int
-    """Of the whole training, which a method's `phase` divides. 0: unknown."""
+    """Of the whole training, of which a method's `phase` is a share. 0: unknown."""
     updates_per_epoch: int
-    """Which schedules of `rho`, `beta` and `gamma` need. 0: unknown."""
+    """Needed for schedules of `rho`, `beta` and `gamma`. 0: unknown."""
 
 
 class SharpnessAware:
@@ -102,6 +102,7 @@ class SharpnessAware:
         )
         self._micro = 0
         self._batches = None
+        self._buffers: SoundBuffers | None = None
 
     def step(
         self, inputs: Tree, targets: Tree, loss_fn: Loss, *, moment: Moment | None = None, lr: float | None = None
@@ -111,6 +112,9 @@ class SharpnessAware:
         `inputs` and `targets`: tensors, or nested tuples, lists and dicts of them, with the samples in dimension 0; a
         tuple is the model's arguments, a dict its keyword arguments. `loss_fn(outputs, targets)` returns one loss per
         sample, [B]. `moment` and `lr` override where in the training this is, and the optimizer's rate.
+
+        An update whose averaged gradient is not finite is skipped on all ranks, and said so by `skipped_update`. The
+        host need not wait for that with an optimizer of torch's that is made with `fused=True`.
         """
         moment = moment or self._moment()
         examples = Examples(inputs, targets, loss_fn)
@@ -120,6 +124,8 @@ class SharpnessAware:
         size = len(examples) // num_groups
         # As if each group had a rank of its own.
         statistics = GroupStatistics(self.engine.module) if num_groups > 1 else None
+        # Not sooner: what the caller loads comes after this trainer is made.
+        self._buffers = self._buffers or SoundBuffers(self.engine.module)
         groups = []
         for group in range(num_groups):
             part = examples[slice(group * size, (group + 1) * size)] if num_groups > 1 else examples
@@ -132,6 +138,7 @@ class SharpnessAware:
         if self._micro == 0:
             # Each rank's BatchNorm statistics come from its own batches.
             self.ranks.average_buffers(self.engine.module)
+            self._buffers.restore()
             self.updates += 1
         return StepStats.merged(groups)
 

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +23,7 @@ from esam_dist.progress import Progress
 from esam_dist.schedule import LearningRate
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step import Moment, StepStats
+from esam_dist.window import Window, newly
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ def train(run: Training) -> bool:
     """Train until the configuration's end, moving `run.progress` along; True when it was reached, False when stopped.
 
     A stop is agreed on by all ranks when metrics are due, and leaves a checkpoint.
-    Raises LossNotFiniteError before the next checkpoint, so that the last one is sound.
+    An update whose gradient is not finite is skipped. Raises LossNotFiniteError for too many in a row, or for a loss
+    that is not finite in an update that was made: before the next checkpoint, so that the last one is sound.
     """
     cfg, trainer, progress, num_samples = run.cfg, run.trainer, run.progress, run.data.num_samples
     samples_per_step = cfg.data.batch_size * trainer.ranks.world_size * cfg.train.accumulate
@@ -67,7 +68,7 @@ def train(run: Training) -> bool:
     if progress.step >= last_step and trainer.ranks.is_first:
         logger.info("step %d was the last: nothing is left to do; for more, raise train.epochs", progress.step)
     batches = Ahead(run.data.batches(progress.samples))
-    window = Window(run)
+    window = Window(cfg, trainer, run.data, progress, run.stop_requested)
     trainer.engine.module.train()
     while progress.step < last_step:
         epoch = progress.samples / num_samples
@@ -93,7 +94,7 @@ def train(run: Training) -> bool:
         if progress.step % cfg.train.log_every == 0 or saves or validates:
             row, stops = window.close(moment, lr)
             run.metrics.train(row)
-            _check_finite(row, run.checkpoints)
+            _check_finite(run, row, window)
         accuracy = _validate(run, batches) if validates else None
         if saves or stops or validates:
             _save(run, accuracy, is_last=is_last)
@@ -146,80 +147,14 @@ def learning_rate_at(epoch: float, cfg: config.Config) -> float:
     return rate(epoch)
 
 
-class Window:
-    """What happened since the last row of metrics; it stays on the device until `close`."""
-
-    def __init__(self, run: Training) -> None:
-        self._run, self._data = run, run.data
-        self._stats: list[torch.Tensor] = []
-        self._begin()
-
-    def restart(self) -> None:
-        """Leave the time until now (validation, checkpoint) out of the throughput."""
-        self._start_time = time.perf_counter()
-
-    def add(self, stats: StepStats) -> None:
-        """Take note of one micro-batch."""
-        self._stats.append(torch.stack([*stats]))
-
-    def close(self, moment: Moment, lr: float) -> tuple[TrainRow, bool]:
-        """The row of this window, alike on all ranks but for phases, and whether any rank wants to stop.
-
-        The one place of the loop where the host waits for the device and for the other ranks.
-        """
-        stats = StepStats(*torch.stack(self._stats).double().unbind(dim=1))
-        progress, method, ranks = self._run.progress, self._run.cfg.method, self._run.trainer.ranks
-        phases, stop = self._run.trainer.clock.drain(), self._run.stop_requested()
-        elapsed = time.perf_counter() - self._start_time
-        W = ranks.world_size
-        mean = torch.stack([stats.loss.mean(), stats.sharpness.nanmean(), stats.num_kept.sum(), stats.skipped.sum()])
-        loss, sharpness, kept, skipped, stops, waited = ranks.sum_(
-            torch.cat([mean, mean.new_tensor([float(stop), sum(phases.get("data", []))])])
-        ).tolist()
-        steps = progress.step - self._start_step
-        samples = progress.samples - self._start_samples
-        row = TrainRow(
-            step=progress.step,
-            epoch=progress.samples / self._data.num_samples,
-            loss=loss / W,
-            lr=lr,
-            grad_norm=stats.grad_norm.nanmean().item(),
-            sharpness=sharpness / W,
-            kept_fraction=kept / samples,
-            images_per_second=samples / elapsed,
-            step_seconds=elapsed / steps,
-            data_wait_seconds=waited / W / steps,
-            **({"rho": 0.0, "beta": 1.0, "gamma": 1.0} | (method.values(moment) if method.is_sharp(moment) else {})),
-            selection_threshold=stats.threshold[-1].item(),
-            samples=progress.samples,
-            kept_samples=int(kept),
-            skipped_perturbations=int(skipped),
-            sharp_updates=progress.sharp_updates - self._start_sharp,
-            skipped_samples=_newly(self._data.skipped, self._skipped_samples),
-            phases=phases,
-        )
-        self._begin()
-        return row, stops > 0
-
-    def _begin(self) -> None:
-        progress = self._run.progress
-        self._stats.clear()
-        self._skipped_samples = dict(self._data.skipped)
-        self._start_step, self._start_samples = progress.step, progress.samples
-        self._start_sharp = progress.sharp_updates
-        self.restart()
-
-
-def _newly(counts: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    return {reason: count - before.get(reason, 0) for reason, count in counts.items()}
-
-
-def _check_finite(row: TrainRow, checkpoints: Checkpoints) -> None:
-    if not math.isfinite(row.loss):
-        raise LossNotFiniteError(
-            f"the training loss is not finite at step {row.step}: lower optim.lr (now {row.lr:.3g}) or method.rho "
-            f"(now {row.rho:.3g}); {checkpoints.way_back()}"
-        )
+def _check_finite(run: Training, row: TrainRow, window: Window) -> None:
+    if not window.is_lost and window.skips.excess is None:
+        return
+    run.metrics.not_finite()
+    cause = window.skips.excess or f"the training loss is not finite at step {row.step}"
+    raise LossNotFiniteError(
+        f"{cause}: lower optim.lr (now {row.lr:.3g}) or method.rho (now {row.rho:.3g}); {run.checkpoints.way_back()}"
+    )
 
 
 def _validate(run: Training, batches: Ahead) -> float:
@@ -236,7 +171,7 @@ def _validate(run: Training, batches: Ahead) -> float:
             seconds=time.perf_counter() - start,
             averaged_accuracy=averaged.accuracy if averaged else None,
             averaged_loss=averaged.loss if averaged else None,
-            skipped_samples=_newly(run.validation.skipped, skipped),
+            skipped_samples=newly(run.validation.skipped, skipped),
         )
     )
     return raw.accuracy

@@ -39,5 +39,7 @@ class TrainKeys(Section):
     weights are kept."""
     log_every: Count = 10
     """Updates between two rows of metrics; the host waits for the device only then."""
+    max_skipped_updates: Annotated[int, Field(ge=0)] = 10
+    """Updates in a row that may be skipped because the averaged gradient is not finite; one more stops the run."""
     validate_every: Count = 1
     """Epochs between two validations; the last epoch is always validated."""

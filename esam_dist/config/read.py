@@ -39,7 +39,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _apply(values, override)
     if before != _method_name(values):
-        _drop_foreign(values, str(path), overrides or [])
+        _drop_foreign(values, str(path), overrides or [], METHODS.get(before))
     return parse(values, str(path))
 
 
@@ -111,8 +111,11 @@ def _method_name(values: dict[str, Any]) -> Any:
     return section.get("name", Config().method.name) if isinstance(section, dict) else Config().method.name
 
 
-def _drop_foreign(values: dict[str, Any], path: str, overrides: list[str]) -> None:
-    """After an override of `method.name`: forget the file's keys that the new method does not have, and say so."""
+def _drop_foreign(values: dict[str, Any], path: str, overrides: list[str], before: type[BaseModel] | None) -> None:
+    """After an override of `method.name`: forget the file's keys that the new method does not have, and say so.
+
+    A key that both have stays, and is named where the methods have other defaults: MSAM's rho is ten times SAM's.
+    """
     kind = METHODS.get(_method_name(values))
     if kind is None:
         return
@@ -122,10 +125,25 @@ def _drop_foreign(values: dict[str, Any], path: str, overrides: list[str]) -> No
     foreign = [key for key in section if key in known and key not in kind.model_fields and f"method.{key}" not in given]
     for key in foreign:
         del section[key]
-    if foreign and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if foreign:
         logger.info(
             "method.name = %s has no %s: what %s says of it is left out", section["name"], ", ".join(foreign), path
         )
+    fields = {} if before is None else before.model_fields
+    for key in [key for key in section if key != "name" and key in fields and f"method.{key}" not in given]:
+        default = kind.model_fields[key].default
+        if default != fields[key].default:
+            shown_default = default.plain() if hasattr(default, "plain") else default
+            logger.warning(
+                "method.%s = %s stays as %s has it; %s's default is %s",
+                key,
+                section[key],
+                path,
+                section["name"],
+                shown_default,
+            )
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -17,7 +17,7 @@ from esam_dist.step.engine import Engine
 
 
 class Adopted(NamedTuple):
-    """An engine, and what its maker has settled."""
+    """An engine, and what is settled with it."""
 
     engine: Engine
     accumulate: int

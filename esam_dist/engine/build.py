@@ -36,7 +36,9 @@ def build_engine(
     module: nn.Module, ranks: Ranks, optim: OptimKeys, engine: EngineKeys, batches: MicroBatches
 ) -> Engine:
     """The engine that `engine.name` asks for, with the optimizer that `optim` describes."""
-    optimizer = build_optimizer(module, optim)
+    # ZeRO has shards of its own to update, and looks at their gradients itself.
+    whole = engine.name == "native" or engine.zero_stage == 0
+    optimizer = build_optimizer(module, optim, fused=whole)
     if engine.name == "native":
         scaler = torch.amp.GradScaler(ranks.device.type, enabled=batches.fp16)
         options = UpdateOptions(batches.accumulate, optim.clip_grad_norm, scaler)
@@ -58,8 +60,11 @@ def build_engine(
     return built
 
 
-def build_optimizer(module: nn.Module, cfg: OptimKeys) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters, with or without decay of normalisation parameters and biases."""
+def build_optimizer(module: nn.Module, cfg: OptimKeys, *, fused: bool = False) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trainable parameters, with or without decay of normalisation parameters and biases.
+
+    `fused`: one that can skip an update without a wait for the device.
+    """
     trainable = [param for param in module.parameters() if param.requires_grad]
     # Biases and the affine parameters of every normalisation are the tensors with fewer than two dimensions.
     decayed = [param for param in trainable if param.ndim > 1 or cfg.decay_norm_and_bias]
@@ -70,5 +75,5 @@ def build_optimizer(module: nn.Module, cfg: OptimKeys) -> torch.optim.Optimizer:
         if params
     ]
     if cfg.name == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.momentum, cfg.beta2))
-    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
+        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.momentum, cfg.beta2), fused=fused)
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esam_dist.engine.guard import not_finite, skipping
 from esam_dist.engine.state import initial_state, load_by_name, model_state, momentum_key, momentum_of, state_by_name
 from esam_dist.ranks import Ranks, limit_group
 from esam_dist.step.engine import Engine, inject
@@ -46,7 +47,7 @@ def initialize(
     module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, ds_config: dict[str, Any], timeout_seconds: float
 ) -> Any:
     """`deepspeed.initialize`, quietly, and with `timeout_seconds` for every collective."""
-    # Said beforehand, it is not guessed with a warning.
+    # Set beforehand: DeepSpeed would guess it, with a warning.
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     import deepspeed
 
@@ -113,19 +114,23 @@ class DeepSpeedEngine(Engine):
         if lr is not None:
             for group in self._ds.optimizer.param_groups:
                 group["lr"] = lr
-        ends_update = self.ends_update
-        grad_norm: Any = torch.nan
-        if ends_update and self._stage == 0:
+        if not self.ends_update:
+            self._ds.step()
+            return torch.full((), torch.nan, device=self._ranks.device)
+        if self._stage == 0:
             # Without ZeRO, DeepSpeed tells no norm; the averaged gradients are whole here until the step.
-            grad_norm = torch.nn.utils.get_total_norm(
-                [param.grad for param in self.module.parameters() if param.grad is not None]
-            )
+            grads = [param.grad for param in self.module.parameters() if param.grad is not None]
+            grad_norm = torch.nn.utils.get_total_norm(grads)
+            with skipping(self._optimizer, not_finite(grad_norm)):
+                self._ds.step()
+            return grad_norm.float()
         self._ds.step()
-        if ends_update and self._stage > 0:
-            grad_norm = self._ds.get_global_grad_norm()
-        if ends_update and self._loss_scale is not None:
-            self._loss_scale.update(overflow=self._ds.optimizer.overflow)
-        return torch.as_tensor(grad_norm, dtype=torch.float32, device=self._ranks.device)
+        overflow = self._ds.optimizer.overflow
+        if self._loss_scale is not None:
+            self._loss_scale.update(overflow=overflow)
+        # ZeRO has left all as it was; of stage 3 the norm is then still that of the update before.
+        norm = torch.inf if overflow else self._ds.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self._ranks.device)
 
     def momentum(self, params: list[nn.Parameter]) -> list[Tensor]:
         """See `Engine`."""
@@ -155,8 +160,8 @@ class DeepSpeedEngine(Engine):
         ]
 
     def _whole(self, params: list[nn.Parameter], read: Callable[[nn.Parameter], Any]) -> list[Any]:
-        """What `read`, a collective, returns for each of `params`. It is called for all others too: each rank may have
-        drawn weights of its own, and all must take part in the same calls.
+        """What `read`, a collective, returns for each of `params`. It is called for the others too: each rank may have
+        drawn weights of its own, but all must take part in the same calls.
         """
         wanted, found = set(params), {}
         for _, param in self._trainable():

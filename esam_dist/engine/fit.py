@@ -1,4 +1,4 @@
-"""What a method, a model, its optimizer and the batches must agree on, where no configuration was checked before."""
+"""Whether a method, a model, its optimizer and the batches go together, where no configuration was checked before."""
 
 from __future__ import annotations
 

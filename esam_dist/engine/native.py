@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from esam_dist.engine.guard import not_finite, skipping
 from esam_dist.engine.replicas import Replicas
 from esam_dist.engine.state import load_by_name, momentum_of, state_by_name
 from esam_dist.ranks import Ranks
@@ -96,8 +97,10 @@ class NativeEngine(Engine):
         grad_norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
         if self._options.clip_grad_norm > 0.0:
             torch.nn.utils.clip_grads_with_norm_(params, self._options.clip_grad_norm, grad_norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        with skipping(self._optimizer, not_finite(grad_norm)):
+            self._optimizer.step()
+        if self._scaler.is_enabled():
+            self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         return grad_norm
 

@@ -32,13 +32,20 @@ def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def load_by_name(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The reverse of `state_by_name`, in place: parameters keep their storage."""
     module.load_state_dict(state["model"])
+    fused = {param: bool(group.get("fused")) for group in optimizer.param_groups for param in group["params"]}
     for name, param in module.named_parameters():
         if name in state["optimizer"]:
-            # AdamW's step count lives on the CPU; what has the parameter's shape lives beside the parameter.
             optimizer.state[param] = {
-                key: value.to(param.device, copy=True) if value.shape == param.shape else value.clone()
-                for key, value in state["optimizer"][name].items()
+                key: _beside(param, value, fused[param]) for key, value in state["optimizer"][name].items()
             }
+
+
+def _beside(param: nn.Parameter, value: Tensor, is_fused: bool) -> Tensor:
+    """A copy of `value` where the optimizer expects it: as the parameter lies, or a number."""
+    if value.shape == param.shape:
+        return torch.empty_like(param, dtype=value.dtype).copy_(value)
+    # AdamW's count of updates lives on the CPU, but for a fused kernel.
+    return value.to(param.device, copy=True) if is_fused else value.clone()
 
 
 def initial_state(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 EVERY_SECONDS = 1.0
-# For those that are about to meet: they then stop together, in order. Who waits longer may wait in vain.
+# So long a rank waits for the others at a signal, to stop together, in order. Longer may be in vain.
 MEETING_SECONDS = 3.0
 # A DeepSpeed rank has up to three launchers, each of which outlives the next: words of their command lines.
 LAUNCHERS = ({"deepspeed.launcher.launch"}, {"deepspeed.launcher.runner", "deepspeed", "ds"}, {"launch"})
@@ -29,8 +29,8 @@ log = logging.getLogger("esam_dist")
 def hold() -> None:
     """From now on end this rank as SIGTERM does when its launcher is gone, and, before the ranks met, at a signal.
 
-    Whoever is within a collective hears nothing: it ends when the launcher would have lost patience. Without a
-    launcher nothing happens. Call it when the handlers of SIGTERM and SIGINT are set, which are to ask for the stop.
+    A rank within a collective hears nothing: it is ended when the launcher's patience would be over. Without a launcher
+    nothing happens. Call it when the handlers of SIGTERM and SIGINT are set, which are to ask for the stop.
     """
     if "RANK" not in os.environ:
         return

@@ -11,8 +11,8 @@ gsam       gradient             all             all                   at w + eps
 looksam    gradient             all             all                   every k-th step at w + eps; else g + flat part
 msam       momentum             all             all                   at w + eps
 fsam       residual of average  all             all                   at w + eps
-vasso      moving average     all             all                   at w + eps
-s2sam      previous gradient  all             all                   at w + eps
+vasso      moving average       all             all                   at w + eps
+s2sam      previous gradient    all             all                   at w + eps
 esam       any direction        beta (SWP)      gamma by score (SDS)  at w + eps
 recycled   any direction        all             gamma by score (SDS)  (1 - gamma) at w + gamma at w + eps
 """

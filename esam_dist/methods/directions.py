@@ -6,7 +6,8 @@ previous   the gradient of the update before: no pass (S2-SAM; AsyncSAM with a d
 average    the moving average of the batches' gradients (VaSSO)
 residual   what the batch's gradient has beyond that average (F-SAM)
 
-A moving average is over all ranks' gradients, alike on all of them; it travels behind the passes that follow.
+A moving average is of all ranks' gradients, and the same on every rank; what ranks exchange for it travels behind the
+passes that follow.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Direction = Literal["gradient", "momentum", "previous", "average", "residual"]
 
 
 def reversed_momentum(step: Step, drawn: Draw | None = None) -> Vector:
-    """`-v`: whence the weights have come, which is uphill (MSAM, arXiv 2401.12033)."""
+    """`-v`: back to where the weights have come from, which is uphill (MSAM, arXiv 2401.12033)."""
     return step.momentum(drawn) * -1.0
 
 
@@ -77,9 +78,9 @@ class Directed(Selective):
     """Where the ascent goes: the batch's `gradient`; the optimizer's `momentum` reversed or the `previous` update's
     gradient, which cost no pass; the moving `average` of gradients; or the `residual` of the gradient beside it."""
     decay: BelowOne = 0.6
-    """For `direction: average | residual`: what the moving average keeps in an update."""
+    """For `direction: average | residual`: the share of the moving average that an update keeps."""
     sigma: NonNegative = 1.0
-    """For `direction: residual`: how much of the average is taken away."""
+    """For `direction: residual`: how much of the average is subtracted."""
 
     def climb(self, step: Step, drawn: Draw | None = None, clean: Vector | None = None) -> Vector:
         """The ascent's direction over the drawn weights; `clean`: the batch's gradient, where it is known already."""

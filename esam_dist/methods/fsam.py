@@ -15,9 +15,9 @@ class FSAM(Remembering):
 
     name: Literal["fsam"] = "fsam"
     sigma: NonNegative = 1.0
-    """How much of the average is taken away."""
+    """How much of the average is subtracted."""
     decay: BelowOne = 0.6
-    """What the average keeps in an update: lambda in the paper, 0.6 or 0.9 there."""
+    """The share of the average that an update keeps: lambda in the paper, 0.6 or 0.9 there."""
 
     def __call__(self, step: Step) -> None:
         """The average is taken as it was before this step; the first step, without one, is SAM's."""

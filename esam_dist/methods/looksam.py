@@ -20,11 +20,11 @@ class LookSAM(Remembering):
     """Weight of the reused part."""
 
     def is_sharp(self, moment: Moment) -> bool:
-        """Between two perturbations too."""
+        """Also between two perturbations."""
         return super().is_sharp(moment._replace(update=0))
 
     def __call__(self, step: Step) -> None:
-        """The flat part (equation 5) is that of the perturbed gradient which is orthogonal to the clean one."""
+        """The flat part (equation 5) is the part of the perturbed gradient that is orthogonal to the clean one."""
         clean = step.gradient(fill=True)
         flat = step.state.recall("flat")
         if step.moment.update % self.interval and flat is not None:

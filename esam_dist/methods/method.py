@@ -36,7 +36,7 @@ class Method(Section):
         except ValidationError as error:
             raise UserError(_first_fault(type(self), error)) from None
 
-    # A configuration is read past it, and has words of its own, with the file's name.
+    # Pydantic reads a configuration without calling it: those errors have words of their own, with the file's name.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __call__(self, step: Step) -> None:
@@ -52,11 +52,11 @@ class Method(Section):
         return {}
 
     def needs(self) -> set[str]:
-        """What not every engine can do, of the names in `methods.needs`."""
+        """What it needs that not every engine can do: names in `methods.needs`."""
         return set()
 
     def faults(self, setup: Setup) -> Faults:  # noqa: ARG002
-        """Combinations that make no sense, in an order that does not depend on `config`."""
+        """Combinations of keys that make no sense; always in the same order, whatever the values are."""
         return []
 
     def prepare(self, module: nn.Module) -> None:
@@ -100,7 +100,7 @@ class Sharp(Method):
     """Radius of the perturbation (L2 norm). A number, `[[epoch, value], ...]`, or `{from, to, epochs}`; so also `beta`
     and `gamma`."""
     phase: Phase = Phase()
-    """`{from, to}`: shares of the training between which updates are sharpness-aware; plain ones before and behind.
+    """`{from, to}`: shares of the training between which updates are sharpness-aware; before and after they are plain.
     `{from: 0.4, to: 1}` is late SAM."""
     interval: Count = 1
     """Every k-th update is sharpness-aware, the others plain."""
@@ -108,7 +108,7 @@ class Sharp(Method):
     """m of m-sharpness: samples that share a perturbation, and a selection; 0: the rank's batch."""
 
     def is_sharp(self, moment: Moment) -> bool:
-        """Within the phase, on turn, and with a radius."""
+        """Within the phase, in every `interval`-th update, and where the radius is not 0."""
         behind = moment.share >= self.phase.to and self.phase.to < 1.0
         in_phase = self.phase.from_ <= moment.share and not behind
         return in_phase and moment.update % self.interval == 0 and self.rho(moment.epoch) > 0.0
@@ -146,7 +146,7 @@ def _first_fault(kind: type[Method], error: ValidationError) -> str:
 
 
 class Remembering(Sharp):
-    """A method that moves a vector of its own once per update, with one gradient of the rank's batch."""
+    """A method that keeps a vector, and moves it once per update by one gradient of the rank's batch."""
 
     def needs(self) -> set[str]:
         """See `Method`."""

@@ -23,7 +23,7 @@ class MSAM(Sharp):
     learning rate."""
 
     def __call__(self, step: Step) -> None:
-        """The gradient where the momentum has come from."""
+        """The gradient at the weights that lie back along the momentum."""
         with step.at(step.along(reversed_momentum(step), self.rho)):
             step.descend()
 

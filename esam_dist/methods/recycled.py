@@ -1,7 +1,7 @@
 """Recycled ESAM (ours): the ascent's gradient over the batch is used again in the descent, which is then unbiased.
 
-Cost, SGD being 1: 1 + gamma, and f / 3 more for `score: forward`. `(1 - gamma) g(w) + gamma g_kept(w + eps)` has the
-mean over all samples at w in it, so that few kept samples steer, and none is lost.
+Cost, SGD being 1: 1 + gamma, and f / 3 more for `score: forward`. `(1 - gamma) g(w) + gamma g_kept(w + eps)` contains
+the mean over all samples at w, so that no sample is lost, and a few kept ones are enough to steer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from esam_dist.step.selection import num_kept
 
 
 class Recycled(Directed):
-    """All weights climb; the share `gamma` of the samples descends, and the ascent's gradient stands in for others."""
+    """All weights climb; the share `gamma` of the samples descends; the ascent's gradient stands in for the others."""
 
     name: Literal["recycled"] = "recycled"
     gamma: Share = Schedule.constant(0.25)
@@ -71,7 +71,7 @@ class Recycled(Directed):
         ]
 
     def _lone_part(self, size: int) -> int:
-        """How many of `size` samples are kept when these, or the rest, are a single one, if that comes; else 0."""
+        """The number kept of `size` where these, or the rest, are a single sample; 0 where no gamma leads to that."""
         numbers = [num_kept(gamma, size) for gamma in self.gamma.values()]
         visited = range(min(numbers), max(numbers) + 1) if self.gamma.linear else numbers
         # A rest of none is fine: there is nothing to recycle then.

@@ -1,4 +1,4 @@
-"""S2-SAM (Ji et al. 2024, single-step SAM), which AsyncSAM is with a delay of 1: the gradient of the update before.
+"""S2-SAM (Ji et al. 2024, single-step SAM), along the gradient of the update before; AsyncSAM with a delay of 1.
 
 Cost: 1.00 of SGD, and a copy of the averaged gradient; under ZeRO one more all-reduce.
 """
@@ -18,7 +18,7 @@ class S2SAM(Sharp):
     name: Literal["s2sam"] = "s2sam"
 
     def __call__(self, step: Step) -> None:
-        """One pass, at weights that the last update's averaged gradient perturbs: on all ranks alike."""
+        """One pass, at weights perturbed along the last update's averaged gradient: alike on all ranks."""
         with step.at(step.along(previous(step), self.rho)):
             step.descend()
         keep_for_next(step)

@@ -54,11 +54,12 @@ COUNTERS = {
     "esam_kept_samples_total": "Training samples kept for the descent by all ranks (SDS).",
     "esam_sharp_updates_total": "Updates that were sharpness-aware, by the method's phase and interval.",
     "esam_skipped_perturbations_total": "Updates without perturbation, because the ascent gradient was not finite.",
+    "esam_skipped_updates_total": "Updates that were skipped, because the averaged gradient was not finite.",
     "esam_checkpoint_failures_total": "Checkpoints that could not be written.",
 }
 HISTORY = {
     "esam_restarts_total": "Starts of this run after the first.",
-    "esam_loss_not_finite_total": "Ends of this run because the training loss, or a weight, was not finite.",
+    "esam_loss_not_finite_total": "Ends of this run because the loss, too many gradients, or a weight were not finite.",
 }
 OPTIONAL = {"esam_sharpness", "esam_selection_threshold"}
 SKIPPED = ("esam_skipped_samples_total", "Samples that this rank could not read, by reason.")
@@ -122,13 +123,12 @@ class Exposition(Collector):
         """Add one log interval."""
         for name, value in _gauges(row).items():
             self.set(name, value)
-        if not math.isfinite(row.loss):
-            self.set("esam_loss_not_finite_total", (self.get("esam_loss_not_finite_total") or 0) + 1)
         self._counters["esam_samples_total"].inc(max(0, row.samples - self._samples))
         self._samples = row.samples
         self._counters["esam_kept_samples_total"].inc(row.kept_samples)
         self._counters["esam_sharp_updates_total"].inc(row.sharp_updates)
         self._counters["esam_skipped_perturbations_total"].inc(row.skipped_perturbations)
+        self._counters["esam_skipped_updates_total"].inc(row.skipped_updates)
         self._skip(row.skipped_samples)
         for phase, seconds in row.phases.items():
             for value in seconds:
@@ -145,6 +145,10 @@ class Exposition(Collector):
             self.set("esam_validation_best_epoch", row.epoch)
         self._skip(row.skipped_samples)
         self.observe("validate", row.seconds)
+
+    def not_finite(self) -> None:
+        """Count the end of the run because the loss, or too many gradients in a row, were not finite."""
+        self.set("esam_loss_not_finite_total", (self.get("esam_loss_not_finite_total") or 0) + 1)
 
     def checkpoint_failed(self) -> None:
         """Count a checkpoint that could not be written."""

@@ -13,6 +13,7 @@ class TrainRow:
     """Updates finished, counted from the beginning of the run."""
     epoch: float
     loss: float
+    """Over what was finite; nan where nothing was, as for `grad_norm` and `sharpness`."""
     lr: float
     grad_norm: float
     sharpness: float | None
@@ -34,6 +35,8 @@ class TrainRow:
     """Kept for the descent by all ranks in this interval."""
     skipped_perturbations: int = 0
     """In this interval, because the ascent gradient was not finite."""
+    skipped_updates: int = 0
+    """In this interval, because the averaged gradient was not finite; weights and momentum stayed as they were."""
     sharp_updates: int = 0
     """Sharpness-aware updates in this interval; the others were plain."""
     skipped_samples: dict[str, int] = field(default_factory=dict)

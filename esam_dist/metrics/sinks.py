@@ -95,6 +95,10 @@ class Metrics:
         if self._console:
             self._console.checkpoint(step, seconds)
 
+    def not_finite(self) -> None:
+        """Report that the run ends because the loss, or too many gradients in a row, were not finite."""
+        self._prometheus.not_finite()
+
     def checkpoint_failed(self, step: int) -> None:
         """Report that the checkpoint of `step` could not be written; every rank calls it."""
         self.pulse.beat()

@@ -65,6 +65,7 @@ COLUMNS = (
     "Images/s",
     "Training time",
     "Restarts",
+    "Skipped updates",
 )
 
 
@@ -110,6 +111,7 @@ def _row(members: Group) -> list[str]:
         f"{sorted(speed)[len(speed) // 2]:.0f}" if speed else "-",
         f"{hours:.2f} h" if hours >= 1 else f"{hours * 60:.1f} min",
         str(sum(len(run.restarts) for run in members.runs)),
+        str(sum(row.get("skipped_updates", 0) for run in members.runs for row in run.train)),
     ]
 
 

@@ -10,6 +10,7 @@ StepStats       what a step measured
 from esam_dist.step.engine import Engine
 from esam_dist.step.examples import Examples
 from esam_dist.step.state import MethodState
-from esam_dist.step.step import Moment, Step, StepStats
+from esam_dist.step.stats import Moment, StepStats
+from esam_dist.step.step import Step
 
 __all__ = ["Engine", "Examples", "MethodState", "Moment", "Step", "StepStats"]

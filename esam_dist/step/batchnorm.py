@@ -29,10 +29,33 @@ def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
+class SoundBuffers:
+    """Statistics that a batch has made infinite or nan go back to what they were: else they stay so for ever."""
+
+    def __init__(self, module: nn.Module) -> None:
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        # In one piece, for a launch per buffer would be felt; of a network over several devices there is none.
+        self._buffers = buffers if len({buffer.device for buffer in buffers}) == 1 else []
+        self._sizes = [buffer.numel() for buffer in self._buffers]
+        self._sound = self._joined()
+
+    def restore(self) -> None:
+        """At the end of an update, when all ranks have the same statistics."""
+        if not self._buffers:
+            return
+        now = self._joined()
+        self._sound = torch.where(torch.isfinite(now), now, self._sound)
+        parts = torch.split(self._sound, self._sizes)
+        torch._foreach_copy_(self._buffers, [part.view_as(own) for part, own in zip(parts, self._buffers, strict=True)])
+
+    def _joined(self) -> Tensor:
+        return torch.cat([buffer.flatten() for buffer in self._buffers]) if self._buffers else torch.zeros(0)
+
+
 class GroupStatistics:
     """Running statistics of groups that share an update, as if each group were on a rank of its own.
 
-    Every group begins at the same start, and the ends are averaged. So the statistics do not depend on how the groups
+    Every group starts from the same statistics, and the results are averaged. So they do not depend on how the groups
     are spread over ranks.
     """
 

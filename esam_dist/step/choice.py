@@ -35,13 +35,13 @@ class Selection(NamedTuple):
     """The samples of this rank's batch that the descent uses."""
 
     index_D: Tensor | slice
-    """Positions in the batch, ascending; behind them, as padding that counts for nothing, the first ones repeated."""
+    """Positions in the batch, ascending; then, as padding that does not count, the same again from the first."""
     mean_over_ranks: Callable[[Tensor], Tensor]
-    """From each one's loss [D] to a scalar which, averaged over ranks, is the mean over all ranks' kept samples."""
+    """From their losses [D] to a scalar, whose average over ranks is the mean over all ranks' kept samples."""
     num_kept: Tensor
-    """How many count, a scalar on the device; padding does not."""
+    """Their number without the padding, a scalar on the device."""
     threshold: Tensor
-    """The smallest score kept, over the samples that competed; nan where none did."""
+    """The smallest score kept among all samples that competed; nan where nothing was selected."""
 
 
 def keep_all(loss_B: Tensor) -> Selection:
@@ -53,7 +53,7 @@ def keep_all(loss_B: Tensor) -> Selection:
 class Choice:
     """One selection: begun when this rank's scores are known, ended when the samples are needed.
 
-    What ranks exchange travels in between, behind whatever this rank computes meanwhile.
+    What ranks exchange travels in between, while this rank computes.
     """
 
     def __init__(self, sds: Sds, num_samples: int, ranks: Ranks) -> None:
@@ -92,7 +92,7 @@ class Choice:
         self._gathered = self._ranks.gather_later(sent)
 
     def see(self, outputs: Any, loss_B: Tensor) -> None:
-        """Begin where the score is known from the pass at the unperturbed weights; `loss_B` with its graph."""
+        """Begin now, if the score follows from the pass at the unperturbed weights; `loss_B` still has its graph."""
         if self.head is not None:
             self.begin(self.head.rise(outputs, loss_B))
         elif self._sds.score == "loss":
@@ -118,14 +118,14 @@ class Choice:
 
     def _within_rank(self) -> Selection:
         kept_B = selection.select(self._scores.unsqueeze(0), self._sds.gamma)[0]
-        # A count known beforehand needs no word from the device; a sample that is alone goes twice, with the same mean.
+        # The count is known, so the host does not wait for the device. A lone sample goes twice: the mean is the same.
         index_D = _kept_first(kept_B)[: self.num_within_rank]
         index_D = index_D.repeat(2) if len(index_D) < self._smallest else index_D
         num_kept = torch.full_like(self._scores[0], self.num_within_rank)
         return Selection(index_D, Tensor.mean, num_kept, selection.threshold(self._scores, kept_B))
 
     def _by_scores(self, score_WB: Tensor) -> Selection:
-        """Every rank sees every score, so all come to the same exact answer, and know how many it keeps."""
+        """Every rank sees every score, so all come to the same exact answer, and know how many samples that keeps."""
         W, gamma = len(score_WB), self._sds.gamma
         kept_WB = selection.select(score_WB, gamma, self._capacity)
         most = None if self._capacity is None else W * self._capacity
@@ -133,7 +133,7 @@ class Choice:
         return self._selection(kept_WB[self._ranks.rank], lambda: total, selection.threshold(score_WB, kept_WB))
 
     def _by_threshold(self, quantiles_WQ: Tensor) -> Selection:
-        """Every rank derives the same threshold; how many that keeps must be told, behind the descent's forward."""
+        """Every rank derives the same threshold; how many samples that keeps is summed behind the descent's forward."""
         gamma = self._sds.gamma
         threshold = selection.shared_threshold(quantiles_WQ, gamma, self._num_samples, self._capacity)
         kept_B = selection.select_above(self._scores, threshold, self._capacity)
@@ -162,9 +162,9 @@ def _kept_first(kept_B: Tensor) -> Tensor:
 
 
 def _filled(kept_B: Tensor, size: int) -> Tensor:
-    """`size` positions: those of the kept samples, of which there is at least one, and again from the first.
+    """`size` positions: those of the kept samples (there is at least one), and the same again from the first.
 
-    So padding brings BatchNorm no other samples than those kept, and no number that is not finite.
+    So padding shows BatchNorm only samples that are kept anyway, and brings in no number that is not finite.
     """
     place = torch.arange(size, device=kept_B.device)
     return _kept_first(kept_B)[place % kept_B.sum()]

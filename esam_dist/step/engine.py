@@ -1,7 +1,7 @@
 """What a step needs of whoever averages gradients over ranks and updates weights: DDP, DeepSpeed, or one process.
 
 An update spans several micro-batches, which the engine counts: call `step` once for each, after `backward` or
-`average`; the gradient is averaged over ranks and the weights move with the last one.
+`average`. With the last one, the gradient is averaged over ranks and the weights move.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Engine(ABC):
 
     @abstractmethod
     def __call__(self, inputs: Tree) -> Any:
-        """The model's outputs, with a backward that is averaged over ranks: for `backward`."""
+        """The model's outputs, for a loss that is given to `backward`: that pass is averaged over ranks."""
 
     @abstractmethod
     def scale(self, loss: Tensor) -> Tensor:
         """`loss` times the factor that keeps float16 gradients from vanishing; in other types, `loss` itself.
 
-        It is the factor of `backward`, the share of a micro-batch in its update included: a gradient taken without the
-        engine overflows where one taken by it would, and not long before.
+        It is the factor of `backward`, with the share of a micro-batch in its update. So a gradient that is taken
+        without the engine overflows where one taken by it would, and not long before.
         """
 
     @abstractmethod
@@ -59,6 +59,7 @@ class Engine(ABC):
         """End the micro-batch; after the last of an update: clip, update at rate `lr` (None: the optimizer's), clear.
 
         Returns the norm of the averaged gradient before clipping, a scalar on the device; nan where no update ended.
+        Where it is not finite, weights and optimizer state are left as they are, on all ranks alike.
         """
 
     @abstractmethod
@@ -91,7 +92,7 @@ class Engine(ABC):
         return call(self.module, inputs)
 
     def look(self, inputs: Tree) -> Any:
-        """The model's outputs, for no gradient at all."""
+        """The model's outputs, where no gradient is taken."""
         return call(self.module, inputs)
 
     def gradient(self, loss: Tensor, params: list[nn.Parameter], *, fill: bool = False) -> Vector:
@@ -111,7 +112,7 @@ class Engine(ABC):
         return found
 
     def weights(self, params: list[nn.Parameter]) -> list[Tensor]:
-        """The weights that lie beside the tensors of a `gradient` over `params`, to be written to."""
+        """The weights that belong to the tensors of a `gradient` over `params`, to be written to."""
         return [param.detach() for param in params]
 
     def at(self, perturbation: Perturbation, *, keep: bool) -> AbstractContextManager[None]:

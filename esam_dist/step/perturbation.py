@@ -1,4 +1,4 @@
-"""From a direction to a perturbation of the weights, and back again to the bit.
+"""From a direction to a perturbation of the weights, which is undone to the bit.
 
 Equation numbers are those of the SAM paper (Foret et al. 2021, arXiv 2010.01412).
 """
@@ -50,9 +50,9 @@ def along(direction: Vector, radius: float, norm: Tensor | None = None) -> Pertu
 def perturbed(weights: list[Tensor], perturbation: Perturbation, *, keep: bool = False) -> Iterator[None]:
     """Add the perturbation to `weights` in place; on leaving, also by an exception, restore them to the bit.
 
-    Unless its direction is to `keep`, that one's own memory holds the unperturbed weights meanwhile, so that nothing
-    besides the gradient stays allocated. The storage of the weights never changes: DDP's buckets, DeepSpeed's flat
-    buffers and CUDA graphs stay valid.
+    With `keep` the direction stays as it is. Otherwise its memory holds the unperturbed weights meanwhile, so that
+    nothing more stays allocated. The storage of the weights never changes: DDP's buckets, DeepSpeed's flat buffers and
+    CUDA graphs stay valid.
     """
     if not weights:
         yield

@@ -73,7 +73,7 @@ class Head:
             )
         slopes = torch.autograd.grad(loss_B.sum(), logits, retain_graph=True, allow_unused=True)[0]
         if slopes is None and isinstance(outputs, Tensor) and outputs.shape == logits.shape:
-            # What a compiled network lets out are two tensors, of which the loss knows one.
+            # A compiled network has two tensors for the same outputs; the loss depends on the one that it returns.
             (slopes,) = torch.autograd.grad(loss_B.sum(), outputs, retain_graph=True)
         if slopes is None or len(slopes) != len(loss_B):
             raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,45 +25,8 @@ from esam_dist.step.examples import Examples, Tree
 from esam_dist.step.perturbation import Perturbation
 from esam_dist.step.score import Head
 from esam_dist.step.state import MethodState
+from esam_dist.step.stats import Moment, StepStats
 from esam_dist.step.vector import Vector
-
-
-class Moment(NamedTuple):
-    """Where in the training a step lies: what schedules and phases are functions of."""
-
-    update: int = 0
-    """Updates made before."""
-    epoch: float = 0.0
-    """Samples seen over samples in the set."""
-    share: float = 0.0
-    """Of the whole training that is done, in [0, 1]."""
-
-
-class StepStats(NamedTuple):
-    """What one step measured on this rank: scalars on the device, so that nothing waits for them."""
-
-    loss: Tensor
-    """Mean loss of the batch at the unperturbed weights (at the perturbed ones where no others were visited)."""
-    sharpness: Tensor
-    """Mean rise of the loss under the perturbation, over the samples evaluated at both; nan where there are none."""
-    num_kept: Tensor
-    """Samples that this rank's descent used."""
-    threshold: Tensor
-    """Smallest score kept; nan where nothing was scored."""
-    skipped: Tensor
-    """1 where the ascent direction was not finite and the weights stayed unperturbed, else 0."""
-    grad_norm: Tensor
-    """Norm of the averaged gradient before clipping; nan where the micro-batch ended no update."""
-
-    @staticmethod
-    def merged(groups: list[StepStats]) -> StepStats:
-        """Of a batch whose groups have made a step each."""
-        if len(groups) == 1:
-            return groups[0]
-        loss, sharpness, num_kept, threshold, skipped, grad_norm = (
-            torch.stack(each) for each in zip(*groups, strict=True)
-        )
-        return StepStats(loss.mean(), sharpness.nanmean(), num_kept.sum(), threshold[-1], skipped.sum(), grad_norm[-1])
 
 
 @dataclass
@@ -79,13 +42,15 @@ class Step:
     state: MethodState
     clock: PhaseClock
     autocast: torch.dtype | None = None
-    """Of forward passes and losses; None: as the caller has it."""
+    """Type of autocast around forward passes and losses; None: what the caller has set."""
 
     _first_pass: Randomness | None = field(default=None, init=False)
-    """What dropout drew from in the first pass; None before it."""
+    """The random state at the first pass, from which dropout drew; None before it."""
     _loss_B: Tensor | None = field(default=None, init=False)
     """At the unperturbed weights."""
     _loss: Tensor | None = field(default=None, init=False)
+    _descended: Tensor | None = field(default=None, init=False)
+    """Mean loss of the latest pass for the update."""
     _rise: Tensor | None = field(default=None, init=False)
     _finite: Tensor | None = field(default=None, init=False)
     _kept: Selection | None = field(default=None, init=False)
@@ -102,7 +67,7 @@ class Step:
         return swp.draw(self.engine.module, mode, beta, self.generator)
 
     def choice(self, sds: Sds) -> Choice:
-        """SDS: the samples of the descent, to be known as soon as the scores are; ended by `descend`."""
+        """SDS: begin to choose the samples of the descent, as soon as their scores are known; `descend` ends it."""
         self._choice = choice = Choice(sds, len(self.examples), self.ranks)
         if choice.keeps_all:
             return choice
@@ -127,9 +92,9 @@ class Step:
         return swp.compensated(found, over, self.generator) if isinstance(over, swp.Draw) else found
 
     def look(self) -> None:
-        """A pass at w for what the scores need of it, where no gradient has been taken there."""
+        """A forward pass at w, if the scores need one and no gradient has been taken there."""
         choice = self._choice
-        # After a pass, another would draw its own dropout: the rise of a loss would be the difference of two draws.
+        # A second pass would draw another dropout, and the rise of a loss would be the difference of two draws.
         if choice is None or choice.keeps_all or choice.is_begun or self._loss_B is not None:
             return
         with torch.set_grad_enabled(choice.head is not None):
@@ -152,9 +117,9 @@ class Step:
 
     @contextmanager
     def at(self, eps: Perturbation, *, keep: bool = False) -> Iterator[None]:
-        """Inside the block the weights are `w + eps`; behind it they are `w` again, to the bit.
+        """Inside the block the weights are `w + eps`; afterwards they are `w` again, to the bit.
 
-        The direction's memory is used up, unless it is to `keep`: then it holds zeros where it was not finite.
+        The direction's memory is used up. With `keep` it is not, and a direction that was not finite becomes all zeros.
         """
         self._finite = eps.finite
         if keep and eps.direction.tensors:
@@ -171,7 +136,7 @@ class Step:
     def descend(self, choice: Choice | None = None, *, mixed: Vector | None = None, share: float = 0.0) -> None:
         """The update's gradient: that of the mean loss of the chosen samples over all ranks, where the weights are.
 
-        With `mixed`, a gradient of this rank's, that one takes the `share` of the whole.
+        With `mixed`, a gradient of this rank's own, that one makes up the `share` of the whole.
         """
         kept = self._select(choice)
         examples = self.examples if kept is None else self.examples[kept.index_D]
@@ -196,9 +161,11 @@ class Step:
         return Vector(vector.params, self.ranks.average(vector.tensors), vector.over_shards)
 
     def averaged_later(self, vector: Vector, then: Callable[[Vector], None]) -> None:
-        """Begin to average `vector` over ranks; `then` is called with the mean, an own copy, when the step ends."""
+        """Begin to average `vector` over ranks; `then` is called with the mean, a copy, when the step ends."""
         pending = self.ranks.average_later(vector.tensors)
-        self._at_end.append(lambda: then(Vector(vector.params, pending.wait(), vector.over_shards)))
+        # Not the vector itself: its memory is the perturbation's.
+        params, over_shards = vector.params, vector.over_shards
+        self._at_end.append(lambda: then(Vector(params, pending.wait(), over_shards)))
 
     def averaged(self) -> Vector | None:
         """The averaged gradient of the update, whole, where this micro-batch is its last; else None."""
@@ -212,6 +179,7 @@ class Step:
             action()
         self._at_end.clear()
         self._choice = None
+        ends_update = self.engine.ends_update
         grad_norm = self.engine.step(lr)
         self.clock.end("update")
         loss = self._loss if self._loss_B is None else self._loss_B.mean()
@@ -224,10 +192,12 @@ class Step:
             threshold=nan if self._kept is None else self._kept.threshold,
             skipped=torch.zeros_like(loss) if self._finite is None else (~self._finite).float(),
             grad_norm=grad_norm,
+            skipped_update=(~torch.isfinite(grad_norm)).float() if ends_update else torch.zeros_like(loss),
+            not_finite=(~torch.isfinite(loss if self._descended is None else loss + self._descended)).float(),
         )
 
     def _pass(self, of: Tensor | None) -> Tensor:
-        """Losses for `gradient`, and what is learned from the outputs on the way."""
+        """Losses for `gradient`; notes what scores and statistics need of the outputs."""
         examples = self.examples if of is None else self.examples[of]
         choice = None if self._is_perturbed or self._choice is None or self._choice.is_begun else self._choice
         if choice is not None and choice.head is not None:
@@ -242,7 +212,7 @@ class Step:
         return loss_B
 
     def _forward(self, forward: Callable[[Tree], Any], examples: Examples) -> tuple[Any, Tensor]:
-        """Outputs and losses of one pass; of all in a step, the first moves BatchNorm's statistics."""
+        """Outputs and losses of one pass; only the first pass of a step moves BatchNorm's statistics."""
         is_first, device = self._first_pass is None, examples.device
         if is_first:
             self._first_pass = Randomness.now(device)
@@ -283,6 +253,7 @@ class Step:
 
     def _note(self, loss_D: Tensor, index_D: Tensor | slice) -> None:
         """What the losses of a pass for the update say."""
+        self._descended = loss_D.mean()
         if self._loss_B is None:
             self._loss = loss_D.mean()
         elif self._rise is None and self._is_perturbed:
@@ -290,5 +261,5 @@ class Step:
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Without a wait: from pageable memory the host would stand until the device has done all before."""
+    """Without waiting: from pageable memory, the host would stand until the device has done all earlier work."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

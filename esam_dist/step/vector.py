@@ -45,7 +45,7 @@ class Vector:
         return self
 
     def clear_(self) -> Vector:
-        """What is not finite set to 0, in place: 0 * nan is nan, so that no factor could keep it from the weights."""
+        """What is not finite becomes 0, in place: 0 * nan is nan, so no factor of 0 could keep it from the weights."""
         for tensor in self.tensors:
             tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return self

@@ -38,6 +38,7 @@ PROMETHEUS_NAMES = {
     *("esam_validation_accuracy", "esam_learning_rate", "esam_sharpness", "esam_gradient_norm"),
     *("esam_phase_seconds_bucket", "esam_phase_seconds_sum", "esam_phase_seconds_count"),
     *("esam_selection_threshold", "esam_skipped_perturbations_total", "esam_skipped_samples_total"),
+    "esam_skipped_updates_total",
     *("esam_checkpoint_last_success_timestamp_seconds", "esam_last_step_timestamp_seconds"),
     *("esam_restarts_total", "esam_loss_not_finite_total", "esam_checkpoint_failures_total", "esam_run_info"),
 }

@@ -186,3 +186,40 @@ def test_every_key_has_a_default_and_a_description():
 def test_sections_cannot_be_changed_after_loading():
     with pytest.raises(ValueError, match="frozen"):
         Config().train.epochs = 3
+
+
+def test_another_method_on_the_command_line_drops_the_file_s_keys_of_the_old_one_and_says_so_once(file, caplog):
+    path = file("method: {name: esam, rho: 0.1, beta: 0.6, gamma: 0.4}\n")
+    with caplog.at_level("INFO"):
+        assert config.load(path, ["method.name=sgd"]).method.name == "sgd"
+    assert [record.message for record in caplog.records] == [
+        f"method.name = sgd has no rho, beta, gamma: what {path} says of it is left out"
+    ]
+    # What the command line itself says is not forgotten, but refused.
+    assert "method.beta is a key of method.name = esam, not of sgd" in refused(path, "method.name=sgd", "method.beta=1")
+
+
+def test_a_key_that_stays_is_named_where_the_new_method_has_another_default(file, caplog):
+    path = file("method: {name: sam, rho: 0.1}\n")
+    assert config.load(path, ["method.name=msam"]).method.rho == Schedule.constant(0.1)
+    assert [record.message for record in caplog.records] == [
+        f"method.rho = 0.1 stays as {path} has it; msam's default is 0.5"
+    ]
+    caplog.clear()
+    config.load(path, ["method.name=asam"])
+    config.load(path, ["method.name=msam", "method.rho=1"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: {name: sam, beta: 0.5}", "method.beta is a key of method.name = esam, not of sam"),
+        ("method: {name: esam, alpha: 0.5}", "method.alpha is a key of method.name = gsam | looksam, not of esam"),
+        ("method: {descent: recycled}", "method.descent is no more; remove it, or give method.name = recycled"),
+        ("method: {start_epoch: 3}", "method.start_epoch is no more; remove it, or give method.phase"),
+        ("method: {name: samm}", "method.name = 'samm' is refused: give one of sgd, sam"),
+    ],
+)
+def test_a_key_of_another_method_or_of_an_earlier_version_names_what_to_change(file, text, words):
+    assert words in refused(file(text))

@@ -57,11 +57,14 @@ def test_sgd_skips_the_input_gradient_of_the_first_layer_and_no_other(cost):
     assert counted(cost, PLAIN) == B * cost.sgd
 
 
-def test_msam_costs_what_sgd_costs(cost):
-    assert counted(cost, sharp("msam")) == B * cost.sgd
+@pytest.mark.parametrize("name", ["msam", "s2sam"])
+def test_a_direction_that_is_there_already_costs_what_sgd_costs(cost, name):
+    trainer = training(cost, sharp(name))
+    for _ in range(2):
+        assert next_step(trainer) == B * cost.sgd
 
 
-@pytest.mark.parametrize("name", ["sam", "asam", "gsam", "looksam", "esam"])
+@pytest.mark.parametrize("name", ["sam", "asam", "gsam", "looksam", "fsam", "vasso", "esam"])
 def test_two_passes_over_the_whole_batch_cost_twice_sgd(cost, name):
     assert counted(cost, sharp(name)) == 2 * B * cost.sgd
 

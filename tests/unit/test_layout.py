@@ -13,13 +13,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only from lower floors, files of one folder also from each other (docs/architecture.md).
 FLOORS = [
     {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness"},
-    {"ranks", "section"},
+    {"ranks", "section", "skips"},
     {"step", "run_keys", "train_keys", "checkpoint_keys"},
     {"methods"},
     {"models", "checkpoint", "data", "metrics", "engine", "lock"},
     {"config"},
     {"run_folder", "launch"},
     {"sharpness_aware", "evaluate", "report", "resume"},
+    {"window"},
     {"train"},
     {"cli"},
     {"__main__"},

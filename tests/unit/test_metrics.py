@@ -36,6 +36,7 @@ ROW = TrainRow(
     samples=1280,
     kept_samples=640,
     skipped_perturbations=1,
+    skipped_updates=3,
     skipped_samples={"checksum": 2},
     phases={"ascent": [0.1, 0.3], "descent": [0.2, 0.2]},
 )
@@ -72,6 +73,7 @@ def test_train_row_reaches_every_prometheus_name(metrics):
     assert value("esam_samples_total") == 1280
     assert value("esam_kept_samples_total") == 640
     assert value("esam_skipped_perturbations_total") == 1
+    assert value("esam_skipped_updates_total") == 3
     assert value("esam_skipped_samples_total", {"rank": "0", "reason": "checksum"}) == 2
     assert value("esam_phase_seconds_sum", {"rank": "0", "phase": "ascent"}) == pytest.approx(0.4)
     assert value("esam_phase_seconds_count", {"rank": "0", "phase": "checkpoint"}) == 1
@@ -129,11 +131,10 @@ def test_what_earlier_processes_did_is_known_at_once_on_rank_0_and_on_others_whe
     assert jsonl.read(tmp_path)[0]["restarts"] == 3
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_counted(metrics, loss):
-    metrics.train(ROW)
+def test_an_end_for_what_is_not_finite_is_counted_and_a_skipped_update_is_none(metrics):
+    metrics.train(replace(ROW, loss=math.nan, skipped_updates=10))
     assert metrics.registry.get_sample_value("esam_loss_not_finite_total") == 0
-    metrics.train(replace(ROW, loss=loss))
+    metrics.not_finite()
     assert metrics.registry.get_sample_value("esam_loss_not_finite_total") == 1
 
 

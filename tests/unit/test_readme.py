@@ -26,6 +26,17 @@ def commands():
                 yield shlex.split(re.split(r" [|>] ", arguments)[0], comments=True)
 
 
+def overrides():
+    """Every `section.key=value ...` in a line of the pages; what is to be filled in stands in capitals."""
+    for page in PAGES:
+        lines = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for code in re.findall(r"`([^`\n]+=[^`\n]+)`", lines):
+            words = shlex.split(code) if code.count("'") % 2 == 0 else [code]
+            sections = {re.fullmatch(r"(\w+)\.\w+=(?![A-Z]+$).+", word) for word in words}
+            if None not in sections and {found[1] for found in sections} <= config.Config.model_fields.keys():
+                yield pytest.param(words, id=f"{page.name}: {code}")
+
+
 def anchors(page):
     """What a link can name in a page: its headings, as GitHub spells them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
@@ -45,8 +56,14 @@ def test_every_table_has_one_place():
 @pytest.mark.parametrize("arguments", list(commands()), ids=" ".join)
 def test_every_command_of_the_pages_is_understood(arguments):
     args = _parser().parse_args(arguments)
-    if arguments[0] == "train":
+    # What is to be filled in stands in capitals.
+    if arguments[0] == "train" and args.config != Path("CONFIG"):
         config.load(ROOT / args.config, args.overrides)
+
+
+@pytest.mark.parametrize("words", list(overrides()))
+def test_every_override_of_the_pages_is_taken(words):
+    config.load(ROOT / "configs/digits_esam.yaml", words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

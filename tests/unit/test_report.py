@@ -26,6 +26,7 @@ def write_run(folder, *, method="esam", seed=0, offset=0.0, restarts=0, note="x"
         row = {"kind": "train", "step": step, "epoch": step / 20, "loss": 2.0 / step + offset, "lr": 0.1}
         row |= {"grad_norm": 1.0, "sharpness": None if step == 50 else 0.1, "kept_fraction": 0.5}
         row |= {"images_per_second": 100.0, "step_seconds": 0.36, "restarts": restarts if step > 50 else 0}
+        row |= {"skipped_updates": 2} if step == 70 else {}
         row |= {"phases": {"ascent": 0.1, "descent": 0.2}}
         rows.append(row)
         if step % 50 == 0:
@@ -68,6 +69,7 @@ def test_summary_names_accuracy_with_its_interval_and_the_restarts(tmp_path):
         "Images/s": "100",
         "Training time": "0.6 min",
         "Restarts": "2",
+        "Skipped updates": "6",
     }
     assert summary(groups).splitlines()[1].startswith("0     0, 1, 2")
 
