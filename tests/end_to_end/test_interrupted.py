@@ -206,40 +206,40 @@ def test_in_another_folder_a_run_goes_on_from_a_checkpoint_with_another_rate_and
     assert rows(tmp_path / "new")[-1]["restarts"] == 1
 
 
-def test_the_error_of_a_loss_that_is_not_finite_names_the_checkpoint_and_the_command(tiny, tmp_path, monkeypatch):
-    run = ("train", tiny, f"run.folder={tmp_path / 'run'}", *SHORT)
+def ended_after_damage(run: tuple, damage, monkeypatch):
+    """The end of `run`, continued from its checkpoint with a model that was given to `damage` first."""
     assert here(*run, "train.max_steps=5").status == 0
     train = cli.train
 
-    def from_weights_that_overflow(training):
+    def damaged(training):
         with torch.no_grad():
-            next(training.trainer.engine.module.parameters()).fill_(float("inf"))
+            damage(training.trainer.engine.module)
         return train(training)
 
-    monkeypatch.setattr(cli, "train", from_weights_that_overflow)
-    ended = here(*run)
-    newest = tmp_path / "run/checkpoints/step_00000005"
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "train", damaged)
+        ended = here(*run)
     assert ended.status == 2
+    return ended
+
+
+def test_the_error_of_a_loss_that_is_not_finite_names_the_checkpoint_and_the_command(tiny, tmp_path, monkeypatch):
+    def overflow(module):
+        next(module.parameters()).fill_(float("inf"))
+
+    ended = ended_after_damage(("train", tiny, f"run.folder={tmp_path / 'run'}", *SHORT), overflow, monkeypatch)
+    newest = tmp_path / "run/checkpoints/step_00000005"
     assert f"add run.folder=NEW run.resume={newest} optim.lr=LOWER" in ended.err
-    monkeypatch.undo()
     words = [f"run.folder={tmp_path / 'new'}", f"run.resume={newest}", "optim.lr=0.01"]
     assert here("train", tiny, *SHORT, *words, "train.max_steps=6").status == 0
 
 
 def test_weights_that_are_not_finite_are_counted_like_a_loss_and_not_saved(tiny, tmp_path, monkeypatch):
+    def spoil_a_statistic_that_nobody_reads_in_training(module):
+        next(buffer for buffer in module.buffers() if buffer.is_floating_point()).fill_(float("nan"))
+
     run = ("train", tiny, f"run.folder={tmp_path / 'run'}", *SHORT)
-    assert here(*run, "train.max_steps=5").status == 0
-    train = cli.train
-
-    def with_a_statistic_that_nobody_reads_in_training(training):
-        with torch.no_grad():
-            buffers = training.trainer.engine.module.buffers()
-            next(buffer for buffer in buffers if buffer.is_floating_point()).fill_(float("nan"))
-        return train(training)
-
-    monkeypatch.setattr(cli, "train", with_a_statistic_that_nobody_reads_in_training)
-    ended = here(*run)
-    assert ended.status == 2
+    ended = ended_after_damage(run, spoil_a_statistic_that_nobody_reads_in_training, monkeypatch)
     assert re.search(
         r"running_mean is not finite at step 10, so that no checkpoint is written.*step_00000005", ended.err
     )
