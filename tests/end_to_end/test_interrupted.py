@@ -211,10 +211,10 @@ def test_the_error_of_a_loss_that_is_not_finite_names_the_checkpoint_and_the_com
     assert here(*run, "train.max_steps=5").status == 0
     train = cli.train
 
-    def from_weights_that_overflow(engine, *args):
+    def from_weights_that_overflow(training):
         with torch.no_grad():
-            next(engine.module.parameters()).fill_(float("inf"))
-        return train(engine, *args)
+            next(training.trainer.engine.module.parameters()).fill_(float("inf"))
+        return train(training)
 
     monkeypatch.setattr(cli, "train", from_weights_that_overflow)
     ended = here(*run)
@@ -231,10 +231,12 @@ def test_weights_that_are_not_finite_are_counted_like_a_loss_and_not_saved(tiny,
     assert here(*run, "train.max_steps=5").status == 0
     train = cli.train
 
-    def with_a_statistic_that_nobody_reads_in_training(engine, *args):
+    def with_a_statistic_that_nobody_reads_in_training(training):
         with torch.no_grad():
-            next(buffer for buffer in engine.module.buffers() if buffer.is_floating_point()).fill_(float("nan"))
-        return train(engine, *args)
+            next(buffer for buffer in training.trainer.engine.module.buffers() if buffer.is_floating_point()).fill_(
+                float("nan")
+            )
+        return train(training)
 
     monkeypatch.setattr(cli, "train", with_a_statistic_that_nobody_reads_in_training)
     ended = here(*run)
