@@ -60,7 +60,7 @@ class Checkpoints:
         Raises StateNotFiniteError, or CheckpointNotWrittenError where the disk refuses; all others are still there.
         """
         self._check_owner()
-        name = soundness.not_finite(state.get("engine"))
+        name = soundness.unsound(state)
         if name is not None:
             raise StateNotFiniteError(
                 f"{name} is not finite at step {step}, so that no checkpoint is written: {self.way_back()}"

@@ -60,13 +60,24 @@ def program() -> NoReturn:
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 an error of the user's, 143 stopped by a signal after a checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    args = _parser().parse_args(argv)
+    args = _parsed(argv)
     try:
         status = args.run(args) or 0
     except UserError as error:
         launch.mistake.say(error)
         status = USER_ERROR
     sys.exit(status)
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with changes of keys also behind an option, where argparse by itself expects none."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,8 +19,15 @@ def fault(state: object) -> str | None:
     missing = _missing(state)
     if missing:
         return f"holds no {missing} that could be read"
-    name = not_finite(state["engine"])
+    name = unsound(state)
     return f"{name} is not finite" if name else None
+
+
+def unsound(state: State) -> str | None:
+    """The name of the first value that training goes on from and that is not finite: of engine, method or average."""
+    return not_finite(state.get("engine")) or next(
+        (name for part in ("method", "average") if (name := not_finite(state.get(part), part))), None
+    )
 
 
 def not_finite(state: object, name: str = "") -> str | None:

@@ -85,11 +85,11 @@ def train(run: Training) -> bool:
             run.average.update(progress.step)
         run.metrics.progress(progress.step)
 
-        ends_epoch = progress.samples // num_samples > int(epoch)
+        begun, ended = ((progress.samples - back) // num_samples for back in (samples_per_step, 0))
         is_last = progress.step == last_step
         every = cfg.checkpoint.every_steps
-        saves = is_last or (progress.step % every == 0 if every else ends_epoch)
-        validates = is_last or (ends_epoch and int(epoch + 1) % cfg.train.validate_every == 0)
+        saves = is_last or (progress.step % every == 0 if every else ended > begun)
+        validates = is_last or is_passed(cfg.train.validate_every, begun, ended)
         stops = False
         if progress.step % cfg.train.log_every == 0 or saves or validates:
             row, stops = window.close(moment, lr)
@@ -136,6 +136,11 @@ def final_step(cfg: config.Config, progress: Progress, num_samples: int, samples
     remaining = max(0, cfg.train.epochs * num_samples - progress.samples)
     last_step = progress.step + math.ceil(remaining / samples_per_step)
     return min(last_step, cfg.train.max_steps) if cfg.train.max_steps else last_step
+
+
+def is_passed(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies between the two counts, of which `now` may be several more than `before`."""
+    return now // every > before // every
 
 
 def learning_rate_at(epoch: float, cfg: config.Config) -> float:

@@ -4,6 +4,7 @@ gradient. That is another m of m-sharpness than everywhere else here: the global
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,28 +56,45 @@ class Zero3Engine(DeepSpeedEngine):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-        model = {name: buffer.detach().cpu().clone() for name, buffer in self.module.named_buffers()}
         optimizer: dict[str, dict[str, Tensor]] = {}
         shard = next(iter(self._shards().values()), {})
         for name, param in self._trainable():
-            model[name] = safe_get_full_fp32_param(param).cpu().clone()
             optimizer[name] = {
                 key: value.cpu().clone() if key == "step" else safe_get_full_optimizer_state(param, key).cpu().clone()
                 for key, value in shard.items()
             }
-        return {"model": model, "optimizer": optimizer} | self._scaler_state()
+        return {"model": self._whole_model(), "optimizer": optimizer} | self._scaler_state()
+
+    def _whole_model(self) -> dict[str, Tensor]:
+        """All that the bare model's `state_dict` holds: frozen weights too, and tied ones under each of their names."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        whole: dict[Tensor, Tensor] = {}
+        for param in self.module.parameters():
+            with nullcontext() if param.requires_grad else GatheredParameters([param]):
+                value = safe_get_full_fp32_param(param) if param.requires_grad else param.detach()
+                whole[param] = value.cpu().clone()
+        return {
+            name: whole[named[name]].clone() if name in named else value.detach().cpu().clone()
+            for name, value in self.module.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Engine`."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         for name, buffer in self.module.named_buffers():
-            buffer.copy_(state["model"][name])
+            # One that is not persistent is in no state.
+            if name in state["model"]:
+                buffer.copy_(state["model"][name])
+        for name, param in self.module.named_parameters():
+            param.ds_tensor.detach().copy_(self._own_shard(param, state["model"][name]))  # type: ignore[attr-defined]
         for name, param in self._trainable():
             weights = self._own_shard(param, state["model"][name])
-            param.ds_tensor.detach().copy_(weights)  # type: ignore[attr-defined]
             safe_set_local_fp32_param(param, weights)
             for key, value in state["optimizer"][name].items():
                 if key != "step":

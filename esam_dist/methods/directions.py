@@ -2,7 +2,8 @@
 
 gradient   of the batch (SAM)
 momentum   the optimizer's, reversed: no pass (MSAM)
-previous   the gradient of the update before: no pass (S2-SAM; AsyncSAM with a delay of 1)
+previous   the gradient of the update before: no pass (S2-SAM; AsyncSAM with a delay of 1); with an `interval`, of the
+           sharpness-aware one before
 average    the moving average of the batches' gradients (VaSSO)
 residual   what the batch's gradient has beyond that average (F-SAM)
 
@@ -30,7 +31,10 @@ def reversed_momentum(step: Step, drawn: Draw | None = None) -> Vector:
 
 
 def previous(step: Step, drawn: Draw | None = None) -> Vector:
-    """The averaged gradient of the latest update, empty before there was one; `keep_for_next` remembers it."""
+    """The averaged gradient of the latest sharpness-aware update, empty before there was one.
+
+    `keep_for_next` remembers it; plain updates, of an `interval` or outside the `phase`, read no gradient.
+    """
     before = step.state.recall("previous")
     if before is None:
         return Vector([], [])
@@ -75,8 +79,9 @@ class Directed(Selective):
     """A method with data selection that may climb along any direction."""
 
     direction: Direction = "gradient"
-    """Where the ascent goes: the batch's `gradient`; the optimizer's `momentum` reversed or the `previous` update's
-    gradient, which cost no pass; the moving `average` of gradients; or the `residual` of the gradient beside it."""
+    """Where the ascent goes: the batch's `gradient`; the optimizer's `momentum` reversed, or the gradient of the
+    `previous` sharpness-aware update, which cost no pass; the moving `average` of gradients; or the `residual` of the
+    gradient beside it."""
     decay: BelowOne = 0.6
     """For `direction: average | residual`: the share of the moving average that an update keeps."""
     sigma: NonNegative = 1.0

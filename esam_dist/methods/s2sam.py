@@ -13,7 +13,7 @@ from esam_dist.step import Step
 
 
 class S2SAM(Sharp):
-    """SAM along the gradient of the previous update, taken at its own perturbed weights; the first update is plain."""
+    """SAM along the gradient of the sharpness-aware update before, taken at that one's weights; the first is plain."""
 
     name: Literal["s2sam"] = "s2sam"
 

@@ -258,3 +258,10 @@ def test_sigterm_to_one_rank_stops_all_after_a_checkpoint(tiny, tmp_path):
     answers = on_ranks("train", tiny, f"run.folder={tmp_path}", *long, f"train.max_steps={last + 2}")
     assert [answer.status for answer in answers] == [0, 0], answers[0].err
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, last + 3))
+
+
+def test_epochs_to_validate_are_not_missed_by_updates_that_span_more_than_one(tiny, tmp_path):
+    # 128 samples an update, of 80 in the set: they end in epochs 1.6, 3.2, 4.8 and 6.4.
+    keys = ("data.batch_size=16", "train.accumulate=8", "train.epochs=6", "train.validate_every=3")
+    assert here("train", tiny, f"run.folder={tmp_path}", *keys).status == 0
+    assert [row["step"] for row in rows(tmp_path, "validation")] == [2, 4]

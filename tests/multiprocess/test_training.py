@@ -180,3 +180,45 @@ def test_zero3_validates_where_ranks_have_unequal_numbers_of_batches(two_ranks: 
     assert scores[0][0].num_samples == scores[1][0].num_samples == 5
     assert scores[1][0].loss == pytest.approx(scores[0][0].loss, rel=1e-6)
     assert scores[1][0].accuracy == scores[0][0].accuracy
+
+
+class Tied(nn.Module):
+    """One weight under two names, one that is frozen, and a buffer that no state holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen, self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 5, bias=False), nn.Linear(5, CLASSES)
+        self.frozen.requires_grad_(False)
+        self.second.weight = self.first.weight
+        self.register_buffer("passing", torch.ones(5), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.first(self.passing * self.frozen(images.mean(dim=(2, 3)))).tanh())
+
+
+def train_tied(ranks: Ranks, cfg: Any, start: dict[str, Any] | None, steps: range) -> dict[str, Any]:
+    engine = engine_of(Tied(), cfg, ranks)
+    trainer = SharpnessAware.over(engine, cfg.method, ranks)
+    if start is not None:
+        engine.load_state_dict(start)
+    for step in steps:
+        micro_batch(trainer, Batch(*make_batch(ranks.rank, step, 0, torch.float32)), cfg, Moment(step), 0.1)
+    return engine.state_dict()
+
+
+def test_zero3_saves_frozen_and_tied_weights_and_goes_on_from_them_as_the_native_engine(two_ranks: Cluster) -> None:
+    native, zero3 = (configuration({"name": "sgd"}, engine=ENGINES[name]) for name in ("native", "zero3"))
+    whole = two_ranks.run(train_tied, native, None, range(4))[0]
+    with torch.no_grad():
+        start = two_ranks.run(train_tied, native, None, range(2))[0]
+        # Other weights than a new model has, so that they must come from the state.
+        start["model"]["frozen.bias"] = start["model"]["frozen.bias"] + 1.0
+    for first, second in ((zero3, native), (native, zero3), (zero3, zero3)):
+        state = two_ranks.run(train_tied, first, start, range(0))[0]
+        assert_same_bits(state["model"], start["model"])
+        state = two_ranks.run(train_tied, first, None, range(2))[0]
+        state = two_ranks.run(train_tied, second, state, range(2, 4))[0]
+        assert state["model"].keys() == whole["model"].keys()
+        for name, value in whole["model"].items():
+            torch.testing.assert_close(state["model"][name], value, rtol=2e-5, atol=2e-5)

@@ -206,6 +206,8 @@ NOT_FINITE = {
     ),
     "half": lambda value: with_value(state(2), torch.tensor([value]).half(), "engine", "model", "weights"),
     "scale": lambda value: with_value(state(2), dict.fromkeys(SCALER, 1) | {"scale": value}, "engine", "scaler"),
+    "memory": lambda value: with_value(state(2), {"flat": [torch.zeros(2), torch.tensor([value])]}, "method"),
+    "average": lambda value: with_value(state(2), {"weights": {"one": torch.tensor([value])}}, "average"),
 }
 
 

@@ -37,6 +37,12 @@ def test_config_check_says_valid(tiny):
     assert here("config", tiny, "--check") == (0, "valid\n", "")
 
 
+def test_changes_may_stand_on_both_sides_of_an_option(tiny):
+    assert here("config", tiny, "train.epochs=4", "--check", "optim.lr=0.2") == (0, "valid\n", "")
+    assert "train.epochs" in here("config", tiny, "--check", "train.epoch=4").err
+    assert "unrecognized arguments: --chek" in here("config", tiny, "--chek", "train.epochs=4").err
+
+
 def test_config_check_of_a_fault_is_one_line_and_status_2(tiny):
     answer = here("config", tiny, "train.epoch=4", "--check")
     assert (answer.status, answer.out) == (2, "")
