@@ -12,14 +12,15 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only from lower floors, files of one folder also from each other (docs/architecture.md).
 FLOORS = [
-    {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness"},
+    {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness", "flops"},
     {"ranks", "section"},
     {"step"},
     {"methods"},
     {"config", "models", "checkpoint"},
-    {"data", "metrics", "engine", "run_folder", "launch", "lock"},
+    {"data", "metrics", "engine", "run_folder", "launch", "lock", "network"},
     {"sharpness_aware", "evaluate", "report", "resume"},
     {"train"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 ]
