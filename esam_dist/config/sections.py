@@ -90,8 +90,8 @@ class Data(Section):
 class Train(Section):
     """How long, how precise, how chatty."""
 
-    epochs: Count = 20
-    """Passes over the training data; the learning rate's schedule spans them."""
+    epochs: Annotated[Real | int, Field(gt=0)] = 20
+    """Passes over the training data, whole or not; the learning rate's schedule spans them."""
     max_steps: Annotated[int, Field(ge=0)] = 0
     """Stop after this many updates, without changing the schedule; 0: no limit."""
     accumulate: Count = 1
