@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from esam_dist import __version__, config, launch, report
+from esam_dist import __version__, compare, config, launch, report
 from esam_dist.averaging import WeightAverage, averaged_model
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
     launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
+    compare.add_arguments(
+        command("compare", lambda args: compare.run(args, _catch_signals()), "Compare methods at equal time.")
+    )
     report.add_arguments(command("report", report.run, "Write one HTML page about one or several runs."))
     return parser
 
