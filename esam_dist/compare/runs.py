@@ -62,8 +62,8 @@ class Runner:
 
     def __init__(self, study: Study, start_seconds: float, stop_requested: Callable[[], bool]) -> None:
         self._study, self._start_seconds, self._stop_requested = study, start_seconds, stop_requested
-        self._began, self._done, self._left = time.monotonic(), 0.0, 0.0
-        self._running: dict[subprocess.Popen[bytes], Planned] = {}
+        self._left, self._taken, self._foreseen = 0.0, 0.0, 0.0
+        self._running: dict[subprocess.Popen[bytes], tuple[Planned, float]] = {}
 
     def predicted(self, runs: Sequence[Planned]) -> float:
         """Seconds of `runs`, as calibrated, without validations."""
@@ -111,21 +111,22 @@ class Runner:
                 stderr=output,
                 start_new_session=True,  # Ctrl-C is for us to pass on, once
             )
-        self._running[process] = run
+        self._running[process] = run, time.monotonic()
 
     def _end(self, process: subprocess.Popen[bytes], number: int, count: int) -> None:
-        run = self._running.pop(process)
+        run, began = self._running.pop(process)
         found = result(run, self._study.accuracy)
         if found is None:
             raise UserError(
                 f"{run.name}: ended with status {process.returncode}; see {run.folder / LOG}, and start the study "
                 "again to go on"
             )
-        self._done += self.predicted([run])
+        # How much longer runs take than was predicted: validations, and others at work.
+        self._taken += (time.monotonic() - began) / self._study.jobs
+        self._foreseen += self.predicted([run])
         self._left -= self.predicted([run])
-        elapsed = time.monotonic() - self._began
         told = "its loss was not finite" if found.diverged else f"accuracy {found.accuracy(self._study.accuracy):.4f}"
-        left = duration(elapsed / self._done * max(0.0, self._left))
+        left = duration(self._taken / self._foreseen * max(0.0, self._left))
         log.info("%d of %d: %s: %s; %s left in all", number, count, run.name, told, left)
 
     def _stop(self) -> None:

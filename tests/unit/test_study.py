@@ -1,5 +1,6 @@
 """Comparisons: what a study file may say, which runs follow from it, and what is made of their results."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from esam_dist import config
-from esam_dist.compare import calibrate, page, plan, statistics, study
+from esam_dist.compare import calibrate, page, plan, runs, statistics, study
 from esam_dist.compare.plan import Cost, Planned, Setting, Variant
 from esam_dist.compare.runs import Result, duration
 from esam_dist.data.dataset import open_split
@@ -150,12 +151,12 @@ def test_all_that_is_counted_in_epochs_is_stretched(read):
 
 
 def test_runs_are_ordered_seed_by_seed_and_differ_in_folder_and_hash(read):
-    runs = planned(read)
-    assert [run.seed for run in runs] == [0] * 6 + [1] * 6 + [2] * 6
-    assert len({run.folder for run in runs}) == 6 * 3
-    assert len({run.config_hash for run in runs}) == 6  # of each method at each budget; the seed is no part of it
+    todo = planned(read)
+    assert [run.seed for run in todo] == [0] * 6 + [1] * 6 + [2] * 6
+    assert len({run.folder for run in todo}) == 6 * 3
+    assert len({run.config_hash for run in todo}) == 6  # of each method at each budget; the seed is no part of it
     moved = planned(read, folder="elsewhere")
-    assert [run.config_hash for run in moved] == [run.config_hash for run in runs]
+    assert [run.config_hash for run in moved] == [run.config_hash for run in todo]
 
 
 def test_a_grid_is_every_combination(read):
@@ -222,6 +223,36 @@ def test_updates_are_timed_in_turn_and_what_costs_the_same_once(read, monkeypatc
     measured = calibrate.measure(read(methods=grid, repeats=3))["costs"]
     assert seen == ["sgd", "sam"] * calibrate.MOMENTS * 4
     assert [row["seconds"] for row in measured.values()] == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_the_time_left_is_what_was_predicted_times_how_much_longer_runs_took(read, monkeypatch, caplog):
+    declared = read(jobs=2, seeds=[0], budgets=[1, 2])
+    todo = planned(read, seeds=[0], budgets=[1, 2])
+    seconds = [0.0]
+
+    class Process:
+        """Ends at the first look, its run finished."""
+
+        def __init__(self, command, **_):
+            folder = next(word.partition("=")[2].strip('"') for word in command if word.startswith("run.folder="))
+            (run,) = [run for run in todo if str(run.folder) == folder]
+            row = {"kind": "validation", "step": run.updates, "epoch": 1.0, "accuracy": 0.5}
+            (run.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(runs.subprocess, "Popen", Process)
+    monkeypatch.setattr(runs.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(runs.time, "sleep", lambda _: seconds.__setitem__(0, seconds[0] + 6.0))
+    caplog.set_level("INFO")
+    assert runs.Runner(declared, 1.0, lambda: False).carry_out(todo, later=100.0)
+    # sgd of budget 1: 10 updates of 0.1 s and a second to start, so 2 s, which took 6; left are 8 s of runs, two at a
+    # time, but for its own, and the 100 s that come later
+    first = caplog.messages[0]
+    assert [run.seconds for run in todo] == [1.0, 1.0, 2.0, 2.0]
+    assert first.startswith("1 of 4: sgd, budget 1, seed 0: accuracy 0.5000; ")
+    assert first.endswith(f"; {duration(3 * (100 + (2 + 2 + 3 + 3) / 2 - 1))} left in all")
 
 
 # Statistics, against examples by hand
