@@ -162,15 +162,19 @@ def _chart(study: Study, cells: list[Cell]) -> str:
         shown.append(chart.Line(name, colour, _curve(own), limits=SHARE))
     front = statistics.front(cells)
     drawn = chart.lines(
-        "Accuracy against time", [*shown, chart.Line(FRONT, "#888", _curve(front, bare=True))], "", AXIS
+        "Accuracy against time",
+        [*shown, chart.Line(FRONT, FRONT_COLOUR, _curve(front, bare=True), is_dashed=True)],
+        "",
+        AXIS,
     )
     if not drawn:
         return '<p class="note">For a chart at least two budgets are needed.</p>'
     note = '<p class="note">Mean over seeds; bands: 95% interval of the mean, from three seeds on.</p>'
-    return f"{chart.legend({**colours, FRONT: '#888'})}{drawn}{note}"
+    return f"{chart.legend({**colours, FRONT: FRONT_COLOUR})}<div style='max-width: 42rem'>{drawn}</div>{note}"
 
 
-AXIS, FRONT = "seconds, as calibrated", "Pareto front"
+AXIS = "seconds, as calibrated"
+FRONT, FRONT_COLOUR = "Pareto front", "#888"
 
 
 def _curve(cells: Sequence[Cell], *, bare: bool = False) -> Curve:

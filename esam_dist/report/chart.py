@@ -27,6 +27,8 @@ class Line:
     marks: list[float] = field(default_factory=list)
     limits: tuple[float, float] = (-math.inf, math.inf)
     """The range of the quantity, which its band does not leave either."""
+    is_dashed: bool = False
+    """So that a line under it shows."""
 
 
 def lines(title: str, shown: list[Line], unit: str = "", axis: str = "epoch") -> str:
@@ -51,7 +53,7 @@ def lines(title: str, shown: list[Line], unit: str = "", axis: str = "epoch") ->
         parts.append(_band(thinned, line.limits, x, y, line.colour))
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _ in thinned)
         parts.append(
-            f'<polyline class="line" stroke="{line.colour}" points="{path}">'
+            f'<polyline class="line{" mark" if line.is_dashed else ""}" stroke="{line.colour}" points="{path}">'
             f"<title>{escape(line.name)}</title></polyline>"
         )
     heading = f"{title} ({unit})" if unit else title

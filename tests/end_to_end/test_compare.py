@@ -5,6 +5,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import yaml
 
 from esam_dist import compare
 from esam_dist.data.dataset import open_split
-from tests.commands import environment, here, rows
+from tests.commands import alone, environment, here, rows, wait_for
 
 ACCURACY = "accuracy"
 
@@ -167,6 +169,28 @@ def test_another_study_in_the_same_folder_is_refused(study, file, tmp_path):
     assert "choose another folder" in answer.err
     other.write_text(yaml.safe_dump(declared | {"jobs": 1}, sort_keys=False))
     assert here("compare", other).status == 0
+
+
+@pytest.mark.slow
+def test_a_killed_study_takes_its_runs_along_and_goes_on(file, tmp_path):
+    declared = yaml.safe_load(file.read_text())
+    methods = {name: {"overrides": {"method.name": name}} for name in ("sgd", "sam")}
+    declared |= {"methods": methods, "folder": str(tmp_path / "study"), "budgets": [40], "seeds": [0], "jobs": 1}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(declared, sort_keys=False))
+    run = tmp_path / "study/runs/sgd/budget_40/seed_0"
+    command = [sys.executable, "-m", "esam_dist", "compare", str(path)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: list(run.glob("checkpoints/step_*")))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not (run / "run.lock").exists())
+    assert json.loads((run / "history.json").read_text())["starts"] == 1
+    assert len(rows(run, "validation")) < 40
+    ended = alone("compare", path)
+    assert ended.status == 0, ended
+    assert json.loads((run / "history.json").read_text())["starts"] == 2
+    assert [row["step"] for row in rows(run, "validation")] == [10 * (n + 1) for n in range(40)]
 
 
 def test_a_run_that_fails_is_named_with_its_log(file, tmp_path, monkeypatch, few_digits):

@@ -375,6 +375,6 @@ def test_results_are_a_row_a_run():
     assert lines[2] == "sam,,hash,2,3,3,10,1.0000,,,300,1e+09"
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(89.4, "89 s"), (600, "10 min"), (7200, "2.0 h")])
+@pytest.mark.parametrize(("seconds", "words"), [(89.4, "89 s"), (150, "2.5 min"), (7200, "2.0 h")])
 def test_durations_are_for_people(seconds, words):
     assert duration(seconds) == words
