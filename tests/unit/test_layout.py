@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,12 @@ def imports(path):
 def test_every_part_has_a_floor():
     parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert sorted(parts - {"__init__", "__pycache__", "py.typed"}) == sorted(part for floor in FLOORS for part in floor)
+
+
+def test_the_wheel_holds_every_package():
+    text = (ROOT / "pyproject.toml").read_text().partition("\npackages = [")[2].partition("]")[0]
+    folders = {".".join(path.relative_to(ROOT).parts) for path in PACKAGE.rglob("*") if (path / "__init__.py").exists()}
+    assert set(re.findall('"(.*?)"', text)) == {"esam_dist", "esam_dist.launch.files"} | folders
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

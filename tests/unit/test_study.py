@@ -17,6 +17,7 @@ from esam_dist.data.prepare.write import Plan, write_dataset
 from esam_dist.errors import UserError
 from esam_dist.train import learning_rate_at
 
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = {"sgd": {"overrides": {"method.name": "sgd"}}, "sam": {"overrides": {"method.name": "sam"}}}
 COSTS = {"sgd": Cost(0.1, 1e9, 8), "sam": Cost(0.2, 3e9, 8)}
 
@@ -99,6 +100,20 @@ def test_a_study_is_written_with_its_defaults_and_read_back(read, tmp_path):
     (tmp_path / "again.yaml").write_text(study.dump(first))
     assert "repeats: 5" in study.dump(first)
     assert study.load(tmp_path / "again.yaml") == first
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=lambda path: path.name)
+def test_example_studies_are_sound(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    declared = study.load(path)
+    plan.check(declared)
+    assert list(study.advice(declared)) == []
+
+
+def test_the_page_about_studies_names_every_key():
+    text = (ROOT / "docs/compare.md").read_text()
+    for key in study.Study.model_fields:
+        assert f"| `{key}` |" in text, key
 
 
 def test_weak_designs_are_told(read):
