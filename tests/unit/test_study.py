@@ -62,6 +62,7 @@ def read(write):
         ({"overrides": {"run.seed": 3}}, ["overrides", "run.seed is set by the study"]),
         ({"overrides": {"optim": {"lr": 1}}}, ["overrides", "'optim' is no key", "section.key"]),
         ({"methods": METHODS | {"x": {"overrides": {"data.path": "y"}}}}, ["methods.x.overrides", "the same for all"]),
+        ({"methods": METHODS | {"x": {"grid": {"train.epochs": [1, 2]}}}}, ["methods.x.grid", "is set by the study"]),
         ({"comparisons": [["sam", "sgdd"]]}, ["comparisons", "'sgdd' is no method", "sgd, sam"]),
         ({"comparisons": [["sam", "sam"]]}, ["comparisons.0", "twice"]),
         ({"targets": [95]}, ["targets.0 = 95"]),
