@@ -15,10 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import torch
 from torch import nn
 
-from esam_dist import __version__, config, launch, report
+from esam_dist import __version__, compare, config, launch, report
 from esam_dist.averaging import WeightAverage, averaged_model
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
@@ -27,7 +26,7 @@ from esam_dist.errors import LossNotFiniteError, UserError
 from esam_dist.evaluate import evaluate
 from esam_dist.lock import locked
 from esam_dist.metrics import Metrics, rewind
-from esam_dist.models import Classifier, build_model, compile_network
+from esam_dist.network import build_network
 from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks, joined
 from esam_dist.resume import check_network, choose, find_state
@@ -107,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
     launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
+    compare.add_arguments(
+        command("compare", lambda args: compare.run(args, _catch_signals()), "Compare methods at equal time.")
+    )
     report.add_arguments(command("report", report.run, "Write one HTML page about one or several runs."))
     return parser
 
@@ -125,7 +127,7 @@ def _train(args: argparse.Namespace) -> int:
     # All that the user can get wrong is found here, before the ranks meet.
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
-    module = _build_module(cfg, data.num_classes)
+    module = build_network(cfg, data.num_classes, ranks.device)
     with locked(cfg.run.folder, ranks) as check_owner:
         folder = open_run_folder(cfg, ranks)
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, check_owner)
@@ -170,7 +172,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     path, state = choose(checkpoints, args.checkpoint)
     ranks = Ranks.from_environment()
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
-    module = _build_module(cfg, validation.num_classes).to(ranks.device)
+    module = build_network(cfg, validation.num_classes, ranks.device)
     check_network(path, state, cfg, module)
     weights = state["engine"]["model"]
     if args.averaged:
@@ -189,31 +191,6 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"over {score.num_samples} samples"
         )
     return 0
-
-
-def _build_module(cfg: config.Config, data_classes: int) -> Classifier:
-    num_classes = cfg.model.num_classes or data_classes
-    if num_classes < data_classes:
-        raise UserError(
-            f"model.num_classes = {num_classes} is fewer than the {data_classes} classes of {cfg.data.path}; "
-            "leave it empty or raise it"
-        )
-    if num_classes > data_classes and (cfg.data.mixup or cfg.data.cutmix):
-        raise UserError(
-            f"model.num_classes = {num_classes}: mixup and CutMix make labels of the {data_classes} classes of "
-            f"{cfg.data.path}; leave it empty, or set data.mixup = 0 and data.cutmix = 0"
-        )
-    torch.manual_seed(cfg.run.seed)
-    device = Ranks.from_environment().device
-    network = build_model(cfg.model.name, num_classes)
-    classifier = Classifier(network, cfg.train.precision, channels_last=cfg.train.channels_last).to(device)
-    try:
-        cfg.method.prepare(classifier)
-    except UserError as error:
-        raise UserError(f"model.name = {cfg.model.name}: {error}") from None
-    if cfg.train.compile:
-        compile_network(network, by_block=cfg.method.stops_early)
-    return classifier
 
 
 def _progress(cfg: config.Config, saved: State | None, history: History, data: TrainData) -> Progress:

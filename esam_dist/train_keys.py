@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from esam_dist.section import BelowOne, Count, Section
+from esam_dist.section import BelowOne, Count, Real, Section
 
 
 class TrainKeys(Section):
     """How long, how precise, how chatty."""
 
-    epochs: Count = 20
-    """Passes over the training data; the learning rate's schedule spans them."""
+    epochs: Annotated[Real | int, Field(gt=0)] = 20
+    """Passes over the training data, whole or not; the learning rate's schedule spans them."""
     max_steps: Annotated[int, Field(ge=0)] = 0
     """Stop after this many updates, without changing the schedule; 0: no limit."""
     accumulate: Count = 1

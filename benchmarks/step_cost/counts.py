@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.counters.flops import flop_counter
 from benchmarks.counters.live_bytes import LiveBytes
 from benchmarks.step_cost.bench import Bench, first_draw, seeds
 from benchmarks.step_cost.modes import Model, draws_early
+from esam_dist.flops import flop_counter
 from esam_dist.ranks import Ranks
 
 

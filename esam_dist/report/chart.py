@@ -27,10 +27,12 @@ class Line:
     marks: list[float] = field(default_factory=list)
     limits: tuple[float, float] = (-math.inf, math.inf)
     """The range of the quantity, which its band does not leave either."""
+    is_dashed: bool = False
+    """So that a line under it shows."""
 
 
-def lines(title: str, shown: list[Line], unit: str = "") -> str:
-    """A chart of `shown` over epochs; empty text when no line has two finite points."""
+def lines(title: str, shown: list[Line], unit: str = "", axis: str = "epoch") -> str:
+    """A chart of `shown` over what `axis` says; empty text when no line has two finite points."""
     shown = [line for line in shown if len(_finite(line.curve)) > 1]
     if not shown:
         return ""
@@ -44,14 +46,14 @@ def lines(title: str, shown: list[Line], unit: str = "") -> str:
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_axes(x, y, (x_low, x_high), (y_low, y_high))]
+    parts = [_axes(x, y, (x_low, x_high), (y_low, y_high), axis)]
     for line in shown:
         thinned = _thin(_finite(line.curve))
         parts += [_mark(x(mark), line.colour) for mark in line.marks if x_low <= mark <= x_high]
         parts.append(_band(thinned, line.limits, x, y, line.colour))
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _ in thinned)
         parts.append(
-            f'<polyline class="line" stroke="{line.colour}" points="{path}">'
+            f'<polyline class="line{" mark" if line.is_dashed else ""}" stroke="{line.colour}" points="{path}">'
             f"<title>{escape(line.name)}</title></polyline>"
         )
     heading = f"{title} ({unit})" if unit else title
@@ -105,7 +107,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _axes(x: Scale, y: Scale, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
+def _axes(x: Scale, y: Scale, x_range: tuple[float, float], y_range: tuple[float, float], axis: str) -> str:
     parts = []
     for value in ticks(*y_range):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
@@ -114,7 +116,7 @@ def _axes(x: Scale, y: Scale, x_range: tuple[float, float], y_range: tuple[float
         f'<text class="tick middle" x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 16}">{value:g}</text>'
         for value in (ticks(*x_range) if x_range[1] > x_range[0] else [])
     ]
-    parts.append(f'<text class="tick middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">epoch</text>')
+    parts.append(f'<text class="tick middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">{escape(axis)}</text>')
     return "".join(parts)
 
 

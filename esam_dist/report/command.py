@@ -30,7 +30,11 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(groups: list[runs.Group]) -> str:
     """The summary as a table for the terminal."""
-    table = [list(page.COLUMNS), *page.rows(groups)]
+    return in_columns([list(page.COLUMNS), *page.rows(groups)])
+
+
+def in_columns(table: list[list[str]]) -> str:
+    """Rows of words, each column as wide as its widest."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(word.ljust(width) for word, width in zip(words, widths, strict=True)).rstrip() for words in table

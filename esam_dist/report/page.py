@@ -79,7 +79,7 @@ def page(groups: list[Group]) -> str:
     title = groups[0].name if len(groups) == 1 else f"{len(groups)} methods, {len(runs)} runs"
     body = [
         f"<h1>Training report: {escape(title)}</h1>",
-        _numbers(COLUMNS, rows(groups), words=2),
+        numbers(COLUMNS, rows(groups), words=2),
         f'<h2>Curves</h2>{chart.legend(colours)}<div class="charts">{"".join(drawn)}</div>',
         '<p class="note">Lines: mean over seeds, where all have a value. Bands, from three seeds on: 95% confidence '
         "interval of the mean (Student's t). Dashed: a restart.</p>",
@@ -87,6 +87,11 @@ def page(groups: list[Group]) -> str:
         f"<h2>Configuration</h2>{_configuration(runs)}",
         f"<h2>Environment</h2>{_environment(runs)}",
     ]
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """The parts of `body` as one HTML document."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     head += f"<style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'
@@ -131,10 +136,10 @@ def _phases(seconds: dict[str, dict[str, float]]) -> str:
         [name, *(f"{values[phase]:.4f}" if values.get(phase) else "-" for phase in shown)]
         for name, values in seconds.items()
     ]
-    return _numbers(["Seconds", *shown], lines, words=1)
+    return numbers(["Seconds", *shown], lines, words=1)
 
 
-def _numbers(columns: Sequence[str], table: list[list[str]], words: int) -> str:
+def numbers(columns: Sequence[str], table: list[list[str]], words: int) -> str:
     """A table whose first `words` columns are words, the others numbers."""
     head = "".join(f"<th{' class=number' if i >= words else ''}>{column}</th>" for i, column in enumerate(columns))
     lines = []

@@ -6,12 +6,17 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from servers import ROOT, tool
 
+from esam_dist.compare import page
+from esam_dist.compare.study import Method, Study
+
 sys.path.insert(0, str(ROOT / "tests/unit"))
 from test_report import write_run
+from test_study import COSTS, RESULTS, table
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET = "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=2000 --enable-logging=stderr"
@@ -52,11 +57,26 @@ def test_browser_draws_every_curve_and_band_inside_the_page(tmp_path, site, widt
     done = subprocess.run(report, check=False, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "0.9100 ± 0.0248" in done.stdout
+    assert measured(tmp_path, site, width) == "overflow false lines 16 bands 4 outside 0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1100, 360])
+def test_browser_draws_a_comparison_inside_the_page(tmp_path, site, width):
+    methods = {name: Method(overrides={"method.name": name}) for name in ("sgd", "sam")}
+    declared = Study(base=Path("x"), folder=Path("x"), methods=methods, budgets=[1.0, 3.0], seeds=[0, 1, 2])
+    found = page.page(declared, table(RESULTS), [], {}, COSTS)
+    (tmp_path / "report.html").write_text(found)
+    assert measured(tmp_path, site, width) == "overflow false lines 3 bands 2 outside 0"
+
+
+def measured(tmp_path, site, width):
+    """What a browser of that width sees of `report.html`, without an error on its console."""
     (tmp_path / "frame.html").write_text(FRAME.format(width=width))
     flags = [*FLAGS.split(), *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
     command = [tool("chromium"), *flags, "--dump-dom", f"{site}/frame.html"]
     shown = subprocess.run(command, check=False, capture_output=True, text=True, timeout=180)
-    measured = re.search(r'<pre id="out">(.*?)</pre>', shown.stdout)
-    assert measured, shown.stdout[-500:]
-    assert measured[1] == "overflow false lines 16 bands 4 outside 0"
+    found = re.search(r'<pre id="out">(.*?)</pre>', shown.stdout)
+    assert found, shown.stdout[-500:]
     assert "CONSOLE" not in shown.stderr
+    return found[1]

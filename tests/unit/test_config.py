@@ -8,7 +8,9 @@ import yaml
 from esam_dist import config
 from esam_dist.config import Config
 from esam_dist.errors import UserError
+from esam_dist.progress import Progress
 from esam_dist.schedule import Schedule
+from esam_dist.train import final_step, learning_rate_at
 
 
 @pytest.fixture
@@ -87,11 +89,20 @@ def test_unknown_key_names_the_nearest(file, text, nearest):
     assert nearest in message
 
 
+def test_epochs_are_whole_or_not_and_stay_what_they_were(file):
+    path = file("train: {epochs: 3}")
+    whole, part = config.load(path), config.load(path, ["train.epochs=0.75", "optim.warmup_epochs=0"])
+    assert ("epochs: 3\n" in config.dump(whole), part.train.epochs) == (True, 0.75)
+    # 8 updates of 3 of 32 samples: the rate of the last one is near the schedule's end
+    assert final_step(part, Progress(), 32, 3) == 8
+    assert learning_rate_at(0.75, part) == pytest.approx(0.0)
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [
         ("train: {epochs: '3'}", "train.epochs"),
-        ("train: {epochs: 3.5}", "train.epochs"),
+        ("train: {accumulate: 3.5}", "train.accumulate"),
         ("train: {epochs: true}", "train.epochs"),
         ("metrics: {tensorboard: 1}", "metrics.tensorboard"),
         ("model: {name: 3}", "model.name"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.counters.flops import flop_counter
 from esam_dist.engine.native import NativeEngine
+from esam_dist.flops import flop_counter
 from esam_dist.methods import Method
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,17 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only from lower floors, files of one folder also from each other (docs/architecture.md).
 FLOORS = [
-    {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness"},
+    {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness", "flops"},
     {"ranks", "section", "skips"},
     {"step", "run_keys", "train_keys", "checkpoint_keys"},
     {"methods"},
     {"models", "checkpoint", "data", "metrics", "engine", "lock"},
     {"config"},
-    {"run_folder", "launch"},
+    {"run_folder", "launch", "network"},
     {"sharpness_aware", "evaluate", "report", "resume"},
     {"window"},
     {"train"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 ]
@@ -61,6 +63,12 @@ def imports(path):
 def test_every_part_has_a_floor():
     parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert sorted(parts - {"__init__", "__pycache__", "py.typed"}) == sorted(part for floor in FLOORS for part in floor)
+
+
+def test_the_wheel_holds_every_package():
+    text = (ROOT / "pyproject.toml").read_text().partition("\npackages = [")[2].partition("]")[0]
+    folders = {".".join(path.relative_to(ROOT).parts) for path in PACKAGE.rglob("*") if (path / "__init__.py").exists()}
+    assert set(re.findall('"(.*?)"', text)) == {"esam_dist", "esam_dist.launch.files"} | folders
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
