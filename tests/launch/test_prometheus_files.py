@@ -54,7 +54,7 @@ def filled_registry(tmp_path):
     )
     metrics.progress(1)
     metrics.train(row)
-    metrics.validation(ValidationRow(1, 0.5, 0.5, 0.9, 1.0, 0.1))
+    metrics.validation(ValidationRow(1, 0.5, 0.5, 0.9, 1.0, 0.1, averaged_accuracy=0.5))
     metrics.checkpoint_saved(1, 0.1)
     metrics.close()
     return metrics.registry
