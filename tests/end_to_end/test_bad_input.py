@@ -155,7 +155,7 @@ def test_run_folder_that_cannot_be_made(tiny, tmp_path):
 
 def test_loss_that_is_not_finite_stops_the_run_says_why_and_is_counted(start, tmp_path):
     for ends in (1, 2):
-        answer = start("optim.lr=1e30", "optim.warmup_epochs=0", "train.max_steps=9")
+        answer = start("optim.lr=1e30", "optim.warmup_epochs=0", "train.max_steps=40")
         assert_refused(answer, "not finite", "lower optim.lr")
         assert json.loads((tmp_path / "run/history.json").read_text()) == {"starts": ends, "not_finite": ends}
 

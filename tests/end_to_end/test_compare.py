@@ -19,6 +19,10 @@ from tests.commands import alone, environment, here, rows, wait_for
 ACCURACY = "accuracy"
 
 
+# Twelve runs, each of which imports torch: 40 seconds on two idle cores. What needs no run is in unit/test_study.py.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def file(tiny, few_digits, tmp_path_factory):
     """A study of two methods with a value to choose, two budgets and two seeds: four trials and eight runs."""

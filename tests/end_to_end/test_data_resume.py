@@ -34,6 +34,7 @@ def in_step_order(record: Path, ranks: int) -> list[list[int]]:
     return [[sample for batch in step for sample in batch] for step in steps]
 
 
+@pytest.mark.slow
 def test_a_job_killed_on_three_ranks_goes_on_with_two_where_its_checkpoint_was(digits, tiny, tmp_path):
     overrides = [
         f"run.folder={tmp_path / 'run'}",

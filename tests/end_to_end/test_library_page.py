@@ -54,7 +54,13 @@ def assert_falls(out: str) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"ddp.py"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("zero1.py", "with_lightning.py") else name
+        for name in sorted({*NAMES} - {"ddp.py"})
+    ],
+)
 def test_a_program_of_the_page_runs_and_its_loss_falls(name: str, tmp_path: Path) -> None:
     program = PROGRAMS[NAMES.index(name)]
     (tmp_path / name).write_text(program)
@@ -67,6 +73,7 @@ def test_a_program_of_the_page_runs_and_its_loss_falls(name: str, tmp_path: Path
     assert all(theirs == ours for theirs, ours in counts)
 
 
+@pytest.mark.slow
 def test_the_program_on_two_ranks_goes_on_where_it_was_and_trains_in_either_precision(tmp_path: Path) -> None:
     program = PROGRAMS[NAMES.index("ddp.py")]
     (tmp_path / "ddp.py").write_text(program)

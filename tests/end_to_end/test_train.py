@@ -191,6 +191,7 @@ def test_zero1_continued_after_a_kill_ends_as_if_nothing_had_been(zero1, tiny, t
     assert repeatable(copy) == repeatable(zero1)
 
 
+@pytest.mark.slow
 def test_zero2_gives_the_same_curve_and_continues_to_the_bit(native, tiny, tmp_path):
     engine = ("engine.name=deepspeed", "engine.zero_stage=2")
     answers = on_ranks("train", tiny, f"run.folder={tmp_path / 'zero2'}", *engine)

@@ -38,6 +38,7 @@ def test_status_of_a_failing_rank_is_the_status_of_the_launch(digits, tmp_path):
     assert "nowhere" in logs["attempt_0", "0"]
 
 
+@pytest.mark.slow
 def test_rank_with_loader_processes_stops_with_a_checkpoint(digits, tmp_path):
     overrides = [f"run.folder={tmp_path / 'run'}", "data.workers=2", "train.max_steps=100000"]
     words = command(digits, f"--logs={tmp_path / 'logs'}", overrides)

@@ -59,6 +59,7 @@ def test_ranks_and_their_loaders_end_with_a_checkpoint_when_torchrun_is_killed(d
         assert_stopped_in_order(below, tmp_path)
 
 
+@pytest.mark.slow
 def test_ranks_end_with_a_checkpoint_when_launch_is_killed(digits, tmp_path):
     with training(LAUNCH, digits, tmp_path) as (agent, below):
         agent.kill()
@@ -68,6 +69,7 @@ def test_ranks_end_with_a_checkpoint_when_launch_is_killed(digits, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("killed", ["launch", "deepspeed.launcher.runner", "deepspeed.launcher.launch"])
+@pytest.mark.slow
 def test_ranks_end_with_a_checkpoint_when_one_of_deepspeeds_launchers_is_killed(digits, tmp_path, killed):
     options = ["--with=deepspeed", f"--rendezvous=127.0.0.1:{free_ports(1)}", f"--logs={tmp_path}"]
     with training([*LAUNCH, *options], digits, tmp_path, "engine.name=deepspeed") as (agent, below):
@@ -112,6 +114,7 @@ def alone_of_two(digits, tmp_path, *program):
                 rank.kill()
 
 
+@pytest.mark.slow
 def test_rank_that_waits_for_another_ends_when_its_launcher_is_killed(digits, tmp_path):
     with alone_of_two(digits, tmp_path) as (launcher, rank):
         launcher.kill()
@@ -119,6 +122,7 @@ def test_rank_that_waits_for_another_ends_when_its_launcher_is_killed(digits, tm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_rank_that_waits_for_another_ends_at_a_signal(digits, tmp_path, number):
     with alone_of_two(digits, tmp_path) as (launcher, rank):
         rank.send_signal(number)

@@ -115,8 +115,30 @@ def check(ranks: Cluster, cfg: config.Config, num_ranks: int = 2) -> None:
     assert_same(outcomes[0].state, simulate(cfg, num_ranks=num_ranks), tolerance)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("mode", MODES)
+QUICK = (
+    "sgd",
+    "sam",
+    "gsam",
+    "looksam",
+    "msam",
+    "esam",
+    "esam_global",
+    "head",
+    "thresholds_capacity",
+    "recycled",
+    "groups",
+)
+"""Modes that are quick under every engine; all others are under the native one and ZeRO 1."""
+
+
+@pytest.mark.parametrize(
+    ("mode", "engine"),
+    [
+        pytest.param(*(mode, engine), marks=[] if mode in QUICK or engine in ("native", "zero1") else pytest.mark.slow)
+        for mode in MODES
+        for engine in ENGINES
+    ],
+)
 def test_two_ranks_equal_the_simulation_of_both(two_ranks: Cluster, mode: str, engine: str) -> None:
     check(two_ranks, configuration(MODES[mode], engine=ENGINES[engine]))
 

@@ -34,7 +34,7 @@ ONE_BUCKET, SEVERAL = "cifar_resnet8", "cifar_resnet20"
         (3, "native", ONE_BUCKET),
         (4, "native", ONE_BUCKET),
         (3, "native", SEVERAL),
-        (3, "zero1", ONE_BUCKET),
+        pytest.param(3, "zero1", ONE_BUCKET, marks=pytest.mark.slow),
         pytest.param(4, "zero1", SEVERAL, marks=pytest.mark.slow),
     ],
 )

@@ -166,7 +166,13 @@ def run_on(count: int, *args: object) -> Any:
     return answers[0]
 
 
-@pytest.mark.parametrize(("engine", "count"), [("native", 1), ("native", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2)])
+@pytest.mark.parametrize(
+    ("engine", "count"),
+    [
+        *(("native", 1), ("native", 2)),
+        *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("zero0", "zero1", "zero2")),
+    ],
+)
 def test_a_run_that_skips_an_update_ends_finite_and_equals_itself_interrupted_before_and_behind(
     tiny, tmp_path, engine: str, count: int
 ) -> None:
@@ -182,7 +188,13 @@ def test_a_run_that_skips_an_update_ends_finite_and_equals_itself_interrupted_be
         assert [row["skipped_updates"] for row in rows(tmp_path / name)] == [0, 0, 0, 0, 0, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("engine", "count"), [("native", 1), ("native", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2)])
+@pytest.mark.parametrize(
+    ("engine", "count"),
+    [
+        *(("native", 1), ("native", 2)),
+        *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("zero0", "zero1", "zero2")),
+    ],
+)
 def test_a_run_that_only_skips_ends_with_its_cause_and_the_last_checkpoint(
     tiny, tmp_path, engine: str, count: int
 ) -> None:
@@ -200,7 +212,9 @@ def test_a_run_that_only_skips_ends_with_its_cause_and_the_last_checkpoint(
     assert [row["skipped_updates"] for row in rows(tmp_path / "run")] == [0] * 5 + [1] * 3
 
 
-@pytest.mark.parametrize(("engine", "count"), [("native", 1), ("native", 2), ("zero1", 2)])
+@pytest.mark.parametrize(
+    ("engine", "count"), [("native", 1), ("native", 2), pytest.param("zero1", 2, marks=pytest.mark.slow)]
+)
 def test_weights_that_explode_end_the_run_at_once_where_no_update_may_be_skipped(
     tiny, tmp_path, engine: str, count: int
 ) -> None:

@@ -93,6 +93,7 @@ def ended(process: psutil.Process) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_once_goes_on_keeps_its_shards_and_gives_the_same_bytes(tmp_path):
     origin, out = class_folders(tmp_path / "pets", size=(1600, 1200)), tmp_path / "out"
     options = ["--from", origin, "--short-side", 60, "--samples-per-shard", 4, "--workers", 2]
