@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from esam_dist.data.dataset import open_split
 from esam_dist.data.order import Order
 from tests.commands import environment

@@ -85,7 +85,7 @@ def test_20_steps_killed_in_the_middle_of_a_save_continue_to_the_bit(undisturbed
 def test_torchrun_starts_two_ranks_again_at_once_after_a_kill_in_a_save(undisturbed_on_two, tiny, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     folder = tmp_path / "run"
-    # Where rank 1 is ready first, gloo may still be told the killed rank's address: that start fails, and the next is made.
+    # Where rank 1 is ready first, gloo may still be told the killed rank's address. That start fails: hence several.
     ended = killed_in_save([*launcher, "--max-restarts=3"], "half", folder, tiny, "checkpoint.every_steps=5")
     assert ended.returncode == 0, ended.stderr
     assert "is gone" in ended.stderr
