@@ -83,6 +83,7 @@ def _updates(run: Training, saver: Saver, batches: Ahead, last_step: int) -> boo
             run.average.update(progress.step)
         run.metrics.progress(progress.step)
         saver.hear(agreement.round(saver.news))
+        run.has_begun()
 
         begun, ended = ((progress.samples - back) // num_samples for back in (num_new, 0))
         is_last, stops = progress.step == last_step, agreement.stops

@@ -28,3 +28,5 @@ class Training:
     stop_requested: Callable[[], bool]
     average: WeightAverage | None = None
     """Of the weights, validated beside them."""
+    has_begun: Callable[[], None] = lambda: None
+    """Called when all ranks have made an update: before, a stop has nothing to save, and is none of the loop's."""

@@ -13,7 +13,19 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only from lower floors, files of one folder also from each other (docs/architecture.md).
 FLOORS = [
-    {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness", "flops"},
+    {
+        "errors",
+        "checksum",
+        "clock",
+        "schedule",
+        "randomness",
+        "progress",
+        "averaging",
+        "files",
+        "soundness",
+        "flops",
+        "process",
+    },
     {"ranks", "section", "skips"},
     {"step", "run_keys", "train_keys", "agreement"},
     {"methods"},
