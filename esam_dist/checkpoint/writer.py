@@ -31,23 +31,23 @@ class Writer:
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self._thread: threading.Thread | None = None
+        self._waiting: State = {}
+        # Not Thread.join: that takes a thread for ended once a Ctrl-C came into the wait (CPython up to 3.12).
+        self._is_idle = threading.Event()
+        self._is_idle.set()
         self._ended: deque[Outcome] = deque()
         self._given_up = threading.Event()
 
     def begin(self, state: State, step: int, accuracy: float | None) -> None:
         """Begin to write `state`, which nobody may change any more."""
         self.wait()
-        self._thread = threading.Thread(
-            target=self._write, args=(state, step, accuracy), name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        self._waiting = state
+        self._is_idle.clear()
+        threading.Thread(target=self._write, args=(step, accuracy), name="checkpoint", daemon=True).start()
 
     def wait(self) -> None:
         """Return when none is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._is_idle.wait()
 
     def give_up(self) -> None:
         """Break off what is being written, and return when that is done: the folder is as it was before."""
@@ -58,14 +58,22 @@ class Writer:
         """The outcome that nobody has asked for yet, oldest first; None: there is none."""
         return self._ended.popleft() if self._ended else None
 
-    def _write(self, state: State, step: int, accuracy: float | None) -> None:
+    def _write(self, step: int, accuracy: float | None) -> None:
         begun = time.perf_counter()
-        error: UserError | RuntimeError | None = None
+        state, self._waiting = self._waiting, {}
+        try:
+            error = self._error_of(state, step, accuracy)
+            self._ended.append(Outcome(step, time.perf_counter() - begun, error))
+        finally:
+            del state  # as large as all that is trained
+            self._is_idle.set()
+
+    def _error_of(self, state: State, step: int, accuracy: float | None) -> UserError | RuntimeError | None:
         try:
             self.checkpoints.save(state, step, accuracy, self._given_up.is_set)
         except UserError as refused:
-            error = refused
+            return refused
         except Exception as fault:
             logger.exception("checkpoint of step %d", step)
-            error = RuntimeError(f"checkpoint of step {step}: {type(fault).__name__}: {fault}")
-        self._ended.append(Outcome(step, time.perf_counter() - begun, error))
+            return RuntimeError(f"checkpoint of step {step}: {type(fault).__name__}: {fault}")
+        return None
