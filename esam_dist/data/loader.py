@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from esam_dist.data.dataset import Split, open_split, read_description
@@ -21,6 +22,7 @@ from esam_dist.data.samples import Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
 from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
+from esam_dist.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +103,10 @@ class TrainData:
 
 
 class ValidationData:
-    """This rank's share of the validation set: over all ranks every sample exactly once."""
+    """This rank's share `ids` of the samples of a split, as validation sees them: in order, and not augmented."""
 
-    def __init__(self, cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> None:
-        split = open_split(cfg.path, "validation")
+    def __init__(self, cfg: DataKeys, split: Split, ids: NDArray[np.int64], device: torch.device) -> None:
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
-        ids = np.array(share(split.num_samples, rank, world_size), np.int64)
         parts = [ids[start : start + cfg.batch_size] for start in range(0, len(ids), cfg.batch_size)]
         picks = [Picks(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
         # Without a share there is no work.
@@ -160,7 +160,19 @@ def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: t
 def open_validation(cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
     """Open the validation split for one rank. Raises UserError for whatever is wrong."""
     check_open_files(cfg.workers, "data.workers")
-    return ValidationData(cfg, rank=rank, world_size=world_size, device=device)
+    split = open_split(cfg.path, "validation")
+    return ValidationData(cfg, split, np.array(share(split.num_samples, rank, world_size), np.int64), device)
+
+
+def open_samples(cfg: DataKeys, ranks: Ranks, *, split: str, most: int) -> ValidationData:
+    """Open `most` samples spread evenly over `split` (0: all of them), this rank's share of them.
+
+    They are the same whatever the number of ranks. Raises UserError for whatever is wrong.
+    """
+    opened = open_split(cfg.path, split)
+    count = min(most, opened.num_samples) if most else opened.num_samples
+    places = np.array(share(count, ranks.rank, ranks.world_size), np.int64)
+    return ValidationData(cfg, opened, places * opened.num_samples // count, ranks.device)
 
 
 class _Numbered:
