@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from esam_dist import __version__, compare, config, launch, report
+from esam_dist import __version__, compare, config, launch, report, sharpness
 from esam_dist.averaging import WeightAverage, averaged_model
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_arguments(
         command("compare", lambda args: compare.run(args, _catch_signals()), "Compare methods at equal time.")
     )
+    sharpness.add_arguments(command("sharpness", sharpness.run, "Measure how flat the loss is around checkpoints."))
     report.add_arguments(command("report", report.run, "Write one HTML page about one or several runs."))
     return parser
 

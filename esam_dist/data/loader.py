@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from esam_dist.data.dataset import Split, open_split, read_description
@@ -21,6 +22,7 @@ from esam_dist.data.samples import Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
 from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
+from esam_dist.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -101,21 +103,23 @@ class TrainData:
 
 
 class ValidationData:
-    """This rank's share of the validation set: over all ranks every sample exactly once."""
+    """This rank's share of the samples `chosen` of a split, as validation sees them: in order, and not augmented.
 
-    def __init__(self, cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> None:
-        split = open_split(cfg.path, "validation")
+    Over all ranks every sample exactly once.
+    """
+
+    def __init__(self, cfg: DataKeys, split: Split, chosen: NDArray[np.int64], ranks: Ranks) -> None:
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
-        self.most_batches = math.ceil(math.ceil(split.num_samples / world_size) / cfg.batch_size)
+        self.most_batches = math.ceil(math.ceil(len(chosen) / ranks.world_size) / cfg.batch_size)
         """Of any rank in one pass."""
-        ids = np.array(share(split.num_samples, rank, world_size), np.int64)
+        ids = chosen[np.array(share(len(chosen), ranks.rank, ranks.world_size), np.int64)]
         parts = [ids[start : start + cfg.batch_size] for start in range(0, len(ids), cfg.batch_size)]
         picks = [Picks(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
         # Without a share there is no work.
         used = cfg if picks else cfg.model_copy(update={"workers": 0})
-        self._raws = load(split, used, picks, train=False, pin=device.type == "cuda")
+        self._raws = load(split, used, picks, train=False, pin=ranks.device.type == "cuda")
         self._skipped = Skipped(cfg, endless=False)
-        self._finish = Finish(cfg, device, self.num_classes, train=False)
+        self._finish = Finish(cfg, ranks.device, self.num_classes, train=False)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -162,7 +166,18 @@ def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: t
 def open_validation(cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
     """Open the validation split for one rank. Raises UserError for whatever is wrong."""
     check_open_files(cfg.workers, "data.workers")
-    return ValidationData(cfg, rank=rank, world_size=world_size, device=device)
+    split = open_split(cfg.path, "validation")
+    return ValidationData(cfg, split, np.arange(split.num_samples), Ranks(rank, 0, world_size, device))
+
+
+def open_samples(cfg: DataKeys, ranks: Ranks, *, split: str, most: int) -> ValidationData:
+    """Open `most` samples spread evenly over `split` (0: all of them), this rank's share of them.
+
+    Together they are the same for any number of ranks. Raises UserError for whatever is wrong.
+    """
+    opened = open_split(cfg.path, split)
+    count = min(most, opened.num_samples) if most else opened.num_samples
+    return ValidationData(cfg, opened, np.arange(count) * opened.num_samples // count, ranks)
 
 
 class _Numbered:

@@ -33,7 +33,7 @@ FLOORS = [
     {"config"},
     {"run_folder", "launch", "network"},
     {"sharpness_aware", "evaluate", "report", "resume"},
-    {"window", "training"},
+    {"window", "training", "sharpness"},
     {"saving", "validation"},
     {"train"},
     {"compare"},
@@ -114,7 +114,7 @@ def test_only_the_engine_package_knows_deepspeed(path):
     [
         ("esam_dist.checkpoint", ["Checkpoints", "Outcome", "STEP", "Writer", "read"]),
         ("esam_dist.config", ["Config", "dump", "flat", "keys", "load", "parse"]),
-        ("esam_dist.data", ["Batch", "TrainData", "ValidationData", "open_train", "open_validation"]),
+        ("esam_dist.data", ["Batch", "TrainData", "ValidationData", "open_samples", "open_train", "open_validation"]),
         ("esam_dist.data.prepare", ["add_arguments", "prepare_digits", "run"]),
         ("esam_dist.engine", ["MicroBatches", "build_engine"]),
         ("esam_dist.metrics", ["Metrics", "TrainRow", "ValidationRow", "rewind"]),
