@@ -18,6 +18,9 @@ OTHERS = {
     "how fast images become batches": ["benchmarks.data", "--out", str(ROOT / "data/results/loaders_quick.csv")],
     "how well the windowed order shuffles": ["benchmarks.data.shuffle"],
     "what it costs to choose among all ranks": ["benchmarks.coordination"],
+    "how long training stands still for a checkpoint": [
+        *("benchmarks.checkpoint", "--rounds", "3", "--out", str(ROOT / "checkpoint/results/stall_quick.csv"))
+    ],
 }
 
 
