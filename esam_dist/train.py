@@ -7,7 +7,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,6 +43,8 @@ class Training:
     stop_requested: Callable[[], bool]
     average: WeightAverage | None = None
     """Of the weights, validated beside them."""
+    card: dict[str, Any] = field(default_factory=dict)
+    """What is saved with the weights, so that they can be used without the data and the configuration."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,8 @@ def _save(run: Training, accuracy: float | None, *, is_last: bool) -> None:
         whole = {"engine": engine_state, "train": run.progress.saved(), "method": run.trainer.state.state_dict()}
         if run.average is not None:
             whole["average"] = run.average.state_dict()
+        if run.card:
+            whole["card"] = run.card
         try:
             run.checkpoints.save(whole, step, accuracy)
         except UserError as error:
