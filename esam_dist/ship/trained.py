@@ -95,7 +95,7 @@ def _found(where: Path, wanted: str | None) -> tuple[Path, State]:
 
 
 def _card(path: Path, state: State, weights: Mapping[str, Tensor]) -> Card:
-    if "card" in state:
+    if state.get("card"):
         return parse(state["card"], f"checkpoint {path}")
     run = _run_of(path)
     if run is None:
