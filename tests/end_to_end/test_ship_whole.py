@@ -53,7 +53,7 @@ def pictures(tmp_path_factory):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_runs_of_every_engine_on_two_ranks_are_exported_alike(tiny, tmp_path, engine):
-    for answer in on_ranks("train", tiny, *words(tmp_path), *engine, "train.max_steps=2"):
+    for answer in on_ranks("train", tiny, *words(tmp_path), *engine, "method.name=sam", "train.max_steps=2"):
         assert answer.status == 0, answer.err
     assert here("export", tmp_path).status == 0
     plain = torchvision.models.get_model(NETWORK, weights=None, num_classes=10).eval()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from esam_dist import config
 from esam_dist.data import open_validation
 from esam_dist.data.keys import DataKeys
 from esam_dist.errors import UserError
-from esam_dist.ship import images
+from esam_dist.ship import describe, images
 from tests.prepared import class_folders, picture, run
 
 CPU = torch.device("cpu")
@@ -49,11 +50,12 @@ def seen(batches):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_pixels_are_those_of_validation(folders, tmp_path, workers):
     run("folder", tmp_path / "data", "--from", folders, "--workers", 0)
-    cfg = DataKeys(path=tmp_path / "data", image_size=24, crop_ratio=0.875, batch_size=3, workers=workers)
-    wanted = seen(open_validation(cfg, rank=0, world_size=1, device=CPU).batches())
+    keys = {"image_size": 24, "crop_ratio": 0.875, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    cfg = config.parse({"data": {"path": str(tmp_path / "data"), "batch_size": 3, "workers": workers} | keys}, "test")
+    wanted = seen(open_validation(cfg.data, rank=0, world_size=1, device=CPU).batches())
     files = images.Files(images.find([folders / "val"]))
     assert len(set(wanted)) == files.num_samples == 7
-    assert seen(images.batches(files, cfg, CPU, lambda raw: None)) == wanted
+    assert seen(images.batches(files, describe(cfg, 3).keys(3, workers), CPU, lambda raw: None)) == wanted
 
 
 def test_images_keep_the_numbers_of_their_files_when_others_are_bad(tmp_path):
