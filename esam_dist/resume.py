@@ -110,18 +110,18 @@ def run_config(folder: Path, overrides: list[str] | None = None) -> config.Confi
     return config.load(folder / "config.yaml", overrides)
 
 
-def no_run(folder: Path) -> UserError:
-    """The error that `folder` is not that of a run, and which one may be meant."""
+def no_run(folder: Path, key: str = "RUN") -> UserError:
+    """The error that `folder`, the value of `key`, is not that of a run, and which one may be meant."""
     if is_checkpoint(folder):
         return UserError(
-            f"RUN = {folder}: is a checkpoint; give the folder of its run, {folder.parent.parent}, and "
+            f"{key} = {folder}: is a checkpoint; give the folder of its run, {folder.parent.parent}, and "
             f"--checkpoint {folder.name}"
         )
     lack = "holds no config.yaml, so it is no run's folder" if folder.exists() else "no such folder"
     beside = {path.parent.name: path.parent for path in folder.absolute().parent.glob("*/config.yaml")}
     near = difflib.get_close_matches(folder.name, beside, n=1) or sorted(beside)[:3]
     hint = f" (there are {', '.join(str(folder.parent / name) for name in near)})" if near else ""
-    return UserError(f"RUN = {folder}: {lack}; give the run.folder that was trained in{hint}")
+    return UserError(f"{key} = {folder}: {lack}; give the run.folder that was trained in{hint}")
 
 
 def check_network(path: Path, state: State, cfg: config.Config, module: nn.Module) -> None:

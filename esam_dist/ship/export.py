@@ -99,7 +99,7 @@ def _sidecar(model: Trained, name: str, checksum: str) -> Sidecar:
         input=INPUT.format(size=size),
         preprocessing=PREPROCESSING.format(ratio=ratio, size=size, resize=round(size / ratio)),
         output=OUTPUT.format(outputs=card.num_outputs),
-        run=model.run.name,
+        run=model.run.absolute().name,
         checkpoint=model.checkpoint.name,
         step=model.step,
         averaged=model.averaged,

@@ -78,13 +78,17 @@ def find(paths: Iterable[Path]) -> list[Path]:
 def batches(files: Files, cfg: DataKeys, device: torch.device, take_note: Callable[[Raw], None]) -> Iterator[Batch]:
     """The images of all files in batches, in order, with the numbers of the files as labels.
 
-    Files that are no images are left out. `take_note` is told of each batch as it comes from the workers.
+    Files that are no images are left out. `take_note` is told of each batch as it comes from the workers. Raises
+    UserError where there is no room for so many workers.
     """
     numbers = np.arange(files.num_samples, dtype=np.int64)
     parts = [numbers[start : start + cfg.batch_size] for start in range(0, len(numbers), cfg.batch_size)]
     picks = [Picks(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
     finish = Finish(cfg, device, files.num_samples, train=False)
-    raws = load(files, cfg, picks, train=False, pin=device.type == "cuda")
+    try:
+        raws = load(files, cfg, picks, train=False, pin=device.type == "cuda")
+    except UserError as error:  # no room for what the workers share
+        raise UserError(str(error).replace("data.workers = ", "--workers ", 1)) from None
     return finish(_with_images(raws, take_note))
 
 

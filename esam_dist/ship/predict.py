@@ -90,6 +90,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag, value, least in (("top", args.top, 1), ("batch-size", args.batch_size, 1), ("workers", args.workers, 0)):
         if value < least:
             raise UserError(f"--{flag} {value} is out of range; give {least} or more")
+    if args.output is not None and args.output.is_dir():
+        raise UserError(f"--output {args.output}: is a folder; give the path of a file")
     check_open_files(args.workers, "--workers")
 
 
@@ -124,7 +126,7 @@ def _model(args: argparse.Namespace) -> Model:
         if args.averaged or args.checkpoint:
             raise UserError(f"MODEL = {file}: is one exported file; leave --checkpoint and --averaged out")
         return _exported(file, device)
-    found = trained.find(args.model, args)
+    found = trained.find(args.model, args, "MODEL")
     card = found.card
     classifier = Classifier(found.network(), card.precision, channels_last=card.channels_last)
     return Model(card, _ready(classifier, device), device)

@@ -38,8 +38,10 @@ class Trained:
 
     @property
     def run(self) -> Path:
-        """The run's folder; without one, the folder in which the checkpoint lies."""
-        return _run_of(self.checkpoint) or self.checkpoint.parent
+        """The run's folder; where the checkpoint was put elsewhere, the folder in which it lies."""
+        within = self.checkpoint.parent
+        within = within if within.name else within.absolute()
+        return within.parent if within.name == "checkpoints" else within
 
     def network(self) -> nn.Module:
         """The plain network with the weights, for evaluation. Raises UserError where they are of another one."""
@@ -52,12 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="best (default), newest, a step's name or number, or a path")
 
 
-def find(where: Path, args: argparse.Namespace) -> Trained:
+def find(where: Path, args: argparse.Namespace, key: str = "RUN") -> Trained:
     """The weights that the user means by a run's or checkpoint's folder and the options of `add_arguments`.
 
-    Raises UserError where there are none, or they are broken.
+    `key` is what the command line calls the folder. Raises UserError where there are none, or they are broken.
     """
-    path, state = _found(where, args.checkpoint)
+    path, state = _found(where, args.checkpoint, key)
     model: dict[str, Tensor] = averaged_weights(path, state) if args.averaged else state["engine"]["model"]
     weights = {name.removeprefix(PREFIX): value.contiguous() for name, value in model.items()}
     step = state["train"]["step"]
@@ -82,16 +84,16 @@ def check_alone(command: str) -> None:
         raise UserError(f"esam-dist {command}: works in one process; start it without torchrun or deepspeed")
 
 
-def _found(where: Path, wanted: str | None) -> tuple[Path, State]:
+def _found(where: Path, wanted: str | None, key: str) -> tuple[Path, State]:
     if where.is_dir() and not is_checkpoint(where):
         if not (where / "checkpoints").is_dir():
-            raise no_run(where)
+            raise no_run(where, key)
         return choose(Checkpoints(where / "checkpoints", keep=1), wanted or "best")
     if wanted is not None:
         raise UserError(f"--checkpoint {wanted}: {where} is no run's folder; give only one of the two")
     if not where.exists() and STEP_NAME.fullmatch(where.name) is None:
-        raise no_run(where)
-    return named(str(where), where.parent, "RUN")
+        raise no_run(where, key)
+    return named(str(where), where.parent, key)
 
 
 def _card(path: Path, state: State, weights: Mapping[str, Tensor]) -> Card:

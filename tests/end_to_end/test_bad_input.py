@@ -167,8 +167,11 @@ def test_evaluate_without_a_run(tmp_path):
 @pytest.mark.parametrize("command", [("evaluate",), ("export",), ("predict", "image.png")])
 def test_a_run_that_is_not_there_is_said_to_be_not_there_with_those_that_are(trained, command):
     name, *rest = command
-    assert_refused(here(name, trained.with_name("ran"), *rest), "RUN", "ran: no such folder", f"(there are {trained})")
-    assert_refused(here(name, trained.parent, *rest), "RUN", "no run's folder")
+    key = "MODEL" if name == "predict" else "RUN"
+    assert_refused(
+        here(name, trained.with_name("ran"), *rest), f"{key} = ", "ran: no such folder", f"(there are {trained})"
+    )
+    assert_refused(here(name, trained.parent, *rest), f"{key} = ", "no run's folder")
     assert_refused(here(name, trained, *rest, "--checkpoint", "77"), "no such checkpoint; there are step_00000001")
 
 

@@ -147,6 +147,15 @@ def test_an_output_that_cannot_be_written(run, image, tmp_path):
     answer = here("predict", run, image, "--workers", 0, "--output", image / "p.csv")
     assert answer.status == 2
     assert f"--output {image / 'p.csv'}: cannot be written" in answer.err
+    assert "is a folder" in refused("predict", run, image, "--output", tmp_path)
+
+
+def test_workers_that_have_no_room_are_called_by_the_option(run, image, monkeypatch):
+    def full(length):
+        raise RuntimeError("unable to allocate shared memory: no space")
+
+    monkeypatch.setattr("torch.UntypedStorage._new_shared", full)
+    assert "--workers 1: they need" in refused("predict", run, image, "--workers", 1)
 
 
 @pytest.mark.parametrize("option", [("--top", "0"), ("--batch-size", "0"), ("--workers", "-1")])
