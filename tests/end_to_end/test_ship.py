@@ -14,7 +14,9 @@ import torchvision
 from safetensors.torch import load_file
 
 from esam_dist.checksum import sha256
+from esam_dist.data import open_validation
 from esam_dist.data.dataset import open_split
+from esam_dist.data.keys import DataKeys
 from esam_dist.data.prepare.write import Plan, write_dataset
 from esam_dist.models import Classifier, build_model
 from tests.commands import here
@@ -134,6 +136,20 @@ def test_predictions_of_the_validation_images_have_the_accuracy_of_evaluate(run,
     for row in found:
         (best,) = row["predictions"]
         assert best["class"] == NAMES[best["output"]]
+
+
+def test_each_file_has_the_probabilities_of_its_image(run, data, pictures):
+    cfg = DataKeys(path=data, image_size=32, crop_ratio=0.875, batch_size=8, workers=0)
+    ours, shares = by_hand(run, averaged=False), []
+    with torch.no_grad():
+        for batch in open_validation(cfg, rank=0, world_size=1, device=torch.device("cpu")).batches():
+            shares += ours(batch.images).softmax(1).tolist()
+    found = [json.loads(line) for line in predicted(run, pictures, "--top", 10, "--format", "jsonl").splitlines()]
+    for row in found:
+        wanted = shares[int(row["path"].rpartition("/")[2].removesuffix(".png"))]
+        for guess in row["predictions"]:
+            assert guess["probability"] == pytest.approx(wanted[guess["output"]], abs=1e-6)
+    assert len({row["predictions"][0]["probability"] for row in found}) == len(found) == 23
 
 
 def test_csv_and_json_tell_the_same_and_probabilities_are_softmax(run, pictures, tmp_path):
