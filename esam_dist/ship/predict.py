@@ -99,9 +99,12 @@ def _predict(args: argparse.Namespace, model: Model, paths: list[Path], count: _
     top, form = min(args.top, model.card.num_outputs), rows.FORMS[args.format]
     size = min(args.batch_size, len(paths))
     cfg = model.card.keys(batch_size=size, workers=min(args.workers, -(-len(paths) // size)))
+    batches = images.batches(images.Files(paths), cfg, model.device, count)
     with rows.opened(args.output, form.errors) as file, torch.inference_mode():
-        write = form.begin(file, top)
-        for batch in images.batches(images.Files(paths), cfg, model.device, count):
+        write: rows.Write | None = None
+        for batch in batches:
+            # The line of names with the first row: where there is none, nothing is written.
+            write = write or form.begin(file, top)
             for number, guesses in zip(batch.labels.tolist(), _guesses(model, batch.images, top), strict=True):
                 write(str(paths[number]), guesses)
         if not count.good:

@@ -195,6 +195,7 @@ def test_where_nothing_can_be_read_nothing_is_written_and_the_status_is_2(run, t
     answer = here("predict", run, tmp_path / "broken.jpg", "--workers", 0, "--output", tmp_path / "p.csv")
     assert answer.status == 2
     assert "none of 1 files" in answer.err
+    assert here("predict", run, tmp_path / "broken.jpg", "--workers", 0).out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jpg"]
 
 
