@@ -17,8 +17,8 @@ from typing import NoReturn
 
 from torch import nn
 
-from esam_dist import __version__, compare, config, launch, report, sharpness
-from esam_dist.averaging import WeightAverage, averaged_model
+from esam_dist import __version__, compare, config, launch, report, sharpness, ship
+from esam_dist.averaging import WeightAverage
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import MicroBatches, build_engine
@@ -29,7 +29,7 @@ from esam_dist.metrics import Metrics, rewind
 from esam_dist.network import build_network
 from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks, joined
-from esam_dist.resume import check_network, choose, find_state
+from esam_dist.resume import averaged_weights, check_network, choose, find_state, run_config
 from esam_dist.run_folder import History, note_not_finite, open_run_folder, read_history
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.soundness import State
@@ -103,9 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
     added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to its configuration")
     added.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
-    added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
+    added.add_argument("--checkpoint", default="best", help="best (default), newest, a step's name or number, a path")
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
     launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
+    ship.export.add_arguments(command("export", ship.export.run, "Write the weights of a run as a file for others."))
+    ship.predict.add_arguments(command("predict", ship.predict.run, "Say what images show."))
     compare.add_arguments(
         command("compare", lambda args: compare.run(args, _catch_signals()), "Compare methods at equal time.")
     )
@@ -129,6 +131,7 @@ def _train(args: argparse.Namespace) -> int:
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = build_network(cfg, data.num_classes, ranks.device)
+    card = ship.describe(cfg, cfg.model.num_classes or data.num_classes)
     with locked(cfg.run.folder, ranks) as check_owner:
         folder = open_run_folder(cfg, ranks)
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, check_owner)
@@ -145,8 +148,8 @@ def _train(args: argparse.Namespace) -> int:
             assert progress is not None
             metrics.take_up(progress)
             average = _average(cfg, module, progress)
-            run = Training(cfg, trainer, data, validation, metrics, checkpoints, progress, stop_requested, average)
-            run.has_begun = launch.lifeline.begun
+            parts = (data, validation, metrics, checkpoints, progress, stop_requested, average)
+            run = Training(cfg, trainer, *parts, card=card.model_dump(), has_begun=launch.lifeline.begun)
             if saved is not None:
                 _take_up(run, saved)
             del saved  # as large as all that is trained
@@ -169,20 +172,14 @@ def _take_up(run: Training, saved: State) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    cfg = config.load(args.run_folder / "config.yaml", args.overrides)
+    cfg = run_config(args.run_folder, args.overrides)
     checkpoints = Checkpoints(args.run_folder / "checkpoints", cfg.checkpoint.keep)
     path, state = choose(checkpoints, args.checkpoint)
     ranks = Ranks.from_environment()
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = build_network(cfg, validation.num_classes, ranks.device)
     check_network(path, state, cfg, module)
-    weights = state["engine"]["model"]
-    if args.averaged:
-        if not state.get("average"):
-            raise UserError(
-                f"checkpoint {path}: holds no average; train with train.average = ema, or leave out --averaged"
-            )
-        weights = averaged_model(weights, state["average"])
+    weights = averaged_weights(path, state) if args.averaged else state["engine"]["model"]
     module.load_state_dict(weights)
     del state, weights
     with joined(cfg.engine.collective_timeout_seconds) as ranks:

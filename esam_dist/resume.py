@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from esam_dist import config
-from esam_dist.checkpoint import STEP, Checkpoints, read
+from esam_dist.averaging import averaged_model
+from esam_dist.checkpoint import Checkpoints, read
 from esam_dist.engine.keys import OptimKeys
 from esam_dist.errors import UserError
 from esam_dist.soundness import State
 
 logger = logging.getLogger(__name__)
+
+STEP_NAME = re.compile(r"(?:step_)?([0-9]{1,18})")
+"""How a user may name a step: as its folder is called, or by its number."""
 
 
 def find_state(cfg: config.Config, checkpoints: Checkpoints, module: nn.Module) -> State | None:
@@ -45,7 +51,7 @@ def find_state(cfg: config.Config, checkpoints: Checkpoints, module: nn.Module) 
 
 
 def choose(checkpoints: Checkpoints, wanted: str) -> tuple[Path, State]:
-    """The checkpoint to evaluate: `best`, `newest` (sound), a step's name, or a path. Raises UserError without one."""
+    """The checkpoint to evaluate: `best`, `newest` (sound), or what `named` knows. Raises UserError without one."""
     if wanted == "newest":
         found = checkpoints.newest()
         if found is None:
@@ -64,30 +70,80 @@ def choose(checkpoints: Checkpoints, wanted: str) -> tuple[Path, State]:
 def named(wanted: str, own: Path, key: str) -> tuple[Path, State]:
     """The checkpoint that `wanted` names, the value of `key`.
 
-    It is a checkpoint's folder; a run's folder, for its newest sound one; or `RUN/step_N`, where without RUN the
-    checkpoints in `own` are meant. Raises UserError where there is none, or it is broken.
+    It is a checkpoint's folder; a run's folder, for its newest sound one; or a step's name or number: `RUN/step_N`,
+    `RUN/N`, or without RUN one of those in `own`. Raises UserError where there is none, or it is broken.
     """
     path = Path(wanted)
+    step = _of_step(path, own)
+    if step is not None:
+        return step, read(step)
+    if path.name == "state.pt" and path.is_file():
+        path = path.parent
+    if path.is_file():
+        raise UserError(f"{key} = {wanted}: {_a_file(wanted, key)}")
     if (path / "checkpoints").is_dir():
         found = Checkpoints(path / "checkpoints", keep=1).newest()
         if found is None:
             raise UserError(f"{key} = {wanted}: that run has no checkpoint; give another run or checkpoint")
         return found
-    if STEP.fullmatch(path.name) and not path.exists():
-        within = own if path.name == wanted else path.parent / "checkpoints"
-        if (within / path.name).exists():
-            path = within / path.name
+    if not is_checkpoint(path):
+        raise UserError(f"{key} = {wanted}: {_lack(path, own)}")
     return path, read(path)
 
 
-def check_network(path: Path, state: State, cfg: config.Config, module: nn.Module) -> None:
-    """Raise UserError for a checkpoint of another network."""
-    shapes = {name: value.shape for name, value in module.state_dict().items()}
-    if {name: value.shape for name, value in state["engine"]["model"].items()} != shapes:
-        raise UserError(
-            f"checkpoint {path}: holds another network than model.name = {cfg.model.name} with these classes; "
-            "use the configuration that it was trained with"
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` has the parts of a checkpoint, broken or not."""
+    return path.is_dir() and any((path / name).exists() for name in ("state.pt", "metadata.json"))
+
+
+def averaged_weights(path: Path, state: State) -> dict[str, Tensor]:
+    """The averaged weights of the checkpoint at `path`. Raises UserError where it holds none."""
+    if not state.get("average"):
+        raise UserError(f"checkpoint {path}: holds no average; train with train.average = ema, or leave out --averaged")
+    return averaged_model(state["engine"]["model"], state["average"])
+
+
+def run_config(folder: Path, overrides: list[str] | None = None) -> config.Config:
+    """The configuration of the run in `folder`, changed by `overrides`. Raises UserError where there is no run."""
+    if not (folder / "config.yaml").exists():
+        raise no_run(folder)
+    return config.load(folder / "config.yaml", overrides)
+
+
+def no_run(folder: Path, key: str = "RUN") -> UserError:
+    """The error that `folder`, the value of `key`, is not that of a run, and which one may be meant."""
+    if is_checkpoint(folder):
+        return UserError(
+            f"{key} = {folder}: is a checkpoint; give the folder of its run, {folder.parent.parent}, and "
+            f"--checkpoint {folder.name}"
         )
+    lack = "holds no config.yaml, so it is no run's folder" if folder.exists() else "no such folder"
+    beside = {path.parent.name: path.parent for path in folder.absolute().parent.glob("*/config.yaml")}
+    near = difflib.get_close_matches(folder.name, beside, n=1) or sorted(beside)[:3]
+    hint = f" (there are {', '.join(str(folder.parent / name) for name in near)})" if near else ""
+    return UserError(f"{key} = {folder}: {lack}; give the run.folder that was trained in{hint}")
+
+
+def check_network(path: Path, state: State, cfg: config.Config, module: nn.Module) -> None:
+    """Raise UserError for a checkpoint of another network, or of another number of classes."""
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    saved = {name: tuple(value.shape) for name, value in state["engine"]["model"].items()}
+    if saved == shapes:
+        return
+    remedy = (
+        f"use the configuration that it was trained with; or, to begin from its weights, a new run.folder with "
+        f"model.weights={path} in place of run.resume"
+    )
+    first = next(name for name in [*shapes, *saved] if saved.get(name) != shapes.get(name))
+    if saved.keys() == shapes.keys():
+        raise UserError(
+            f"checkpoint {path}: holds another network than model.name = {cfg.model.name} with these classes ({first} "
+            f"is {list(saved[first])}, not {list(shapes[first])}); {remedy}"
+        )
+    raise UserError(
+        f"checkpoint {path}: holds another network than model.name = {cfg.model.name} ({first} is "
+        f"{'missing' if first in shapes else 'unknown'}); {remedy}"
+    )
 
 
 def fit_optimizer(path: Path, state: State, cfg: config.Config, module: nn.Module) -> None:
@@ -128,3 +184,40 @@ def _another_optimizer(path: Path, entry: dict[str, Any], cfg: config.Config) ->
         f"checkpoint {path}: holds the state of another optimizer ({holds}) than optim.name = {cfg.optim.name}; "
         "use the configuration that it was trained with"
     )
+
+
+def _of_step(path: Path, own: Path) -> Path | None:
+    """The checkpoint of the step that `path` names or numbers, of the run in which it says; None: there is none."""
+    number = STEP_NAME.fullmatch(path.name)
+    if number is None:
+        return None
+    # A name without a folder is one of our own, whatever lies in the working directory.
+    within = [own] if path.name == str(path) else [path.parent / "checkpoints", path.parent]
+    return next((steps[int(number[1])] for steps in map(_steps, within) if int(number[1]) in steps), None)
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints in `folder`, by step."""
+    return {int(path.name.rpartition("_")[2]): path for path in Checkpoints(folder, keep=1).all()}
+
+
+def _a_file(wanted: str, key: str) -> str:
+    remedy = "give the folder of a run or of a checkpoint"
+    if key == "run.resume":
+        remedy = f"to begin from the weights in a file, give model.weights={wanted} and leave run.resume out"
+    return f"is a file, and a checkpoint is a folder; {remedy}"
+
+
+def _lack(path: Path, own: Path) -> str:
+    """Why no checkpoint was found, and what there is."""
+    if (path / "config.yaml").exists():
+        return "that run has no checkpoint; give another run or checkpoint"
+    of_own = STEP_NAME.fullmatch(str(path)) is not None
+    within = [own] if of_own else [path.parent / "checkpoints", path.parent]
+    there = [step.name for steps in map(_steps, within) for step in steps.values()]
+    if there:
+        return f"no such checkpoint; there are {', '.join(there[-5:])}"
+    if of_own:
+        return f"{own} holds no checkpoint; give RUN/{path}, with the folder of a run"
+    what = "is no checkpoint (it holds no state.pt)" if path.exists() else "no such checkpoint"
+    return f"{what}; give the folder of a run or of a checkpoint, or RUN/step_N"

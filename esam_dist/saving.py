@@ -121,7 +121,9 @@ class Saver:
         if not keeps:
             return {}
         state = {"engine": engine, "train": run.progress.saved(), "method": run.trainer.state.state_dict()}
-        return state if run.average is None else state | {"average": run.average.state_dict()}
+        if run.average is not None:
+            state["average"] = run.average.state_dict()
+        return state | ({"card": run.card} if run.card else {})
 
 
 def _kind(outcome: Outcome) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from esam_dist import config
 from esam_dist.averaging import WeightAverage
@@ -28,5 +29,7 @@ class Training:
     stop_requested: Callable[[], bool]
     average: WeightAverage | None = None
     """Of the weights, validated beside them."""
+    card: dict[str, Any] = field(default_factory=dict)
+    """What is saved with the weights, so that they can be used without the data and the configuration."""
     has_begun: Callable[[], None] = lambda: None
     """Called when all ranks have made an update: before, a stop has nothing to save, and is none of the loop's."""

@@ -18,7 +18,7 @@ from esam_dist.data.keys import DataKeys
 from esam_dist.data.open_files import check_open_files
 from esam_dist.data.order import Order, Picks, share
 from esam_dist.data.raw import AHEAD, Raw, Ring
-from esam_dist.data.samples import Samples
+from esam_dist.data.samples import Images, Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
 from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
@@ -190,7 +190,7 @@ class _Numbered:
         return enumerate(self._picks)
 
 
-def load(split: Split, cfg: DataKeys, picks: Iterable[Picks], *, train: bool, pin: bool) -> DataLoader[Any]:
+def load(split: Images, cfg: DataKeys, picks: Iterable[Picks], *, train: bool, pin: bool) -> DataLoader[Any]:
     """Raw batches of `picks`, in order, filled by `data.workers` processes; for one iterator at a time (see Ring)."""
     workers = cfg.workers
     return DataLoader(

@@ -5,17 +5,18 @@ Letters: B samples per rank, S image size in pixels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from esam_dist.data.augment import Augment, centre_box
-from esam_dist.data.dataset import SampleError, Split
+from esam_dist.data.dataset import SampleError
 from esam_dist.data.decode import ImageFile, Pixels
 from esam_dist.data.keys import DataKeys
 from esam_dist.data.order import Picks
 from esam_dist.data.raw import MAX_BAD_IN_A_ROW, Raw, Ring, Skip
+from esam_dist.data.shards import Entries
 
 
 class View:
@@ -34,10 +35,32 @@ class View:
             image.crop(centre_box(image.width, image.height, self._cfg.crop_ratio), out)
 
 
+class Images(Protocol):
+    """Image files by number, with a label each: those of a split, or others."""
+
+    @property
+    def num_samples(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def entries(self) -> Entries:
+        """The label of each, in the field `label`."""
+        ...
+
+    def read(self, sample: int) -> bytes:
+        """An image file. Raises SampleError."""
+        ...
+
+    def describe(self, sample: int) -> str:
+        """What the log calls it."""
+        ...
+
+
 class Samples:
     """Map-style dataset over the picks of whole batches, numbered: one call of `__getitems__` fills one batch."""
 
-    def __init__(self, split: Split, cfg: DataKeys, ring: Ring, *, train: bool) -> None:
+    def __init__(self, split: Images, cfg: DataKeys, ring: Ring, *, train: bool) -> None:
         self._split, self._cfg, self._ring, self._train = split, cfg, ring, train
         self._view = View(cfg, train=train)
 

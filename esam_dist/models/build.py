@@ -42,7 +42,18 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     if name not in model_names():
         near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or ["resnet50"]
         raise UserError(f"model.name = {name!r} is unknown; did you mean {', '.join(near)}?")
-    # Networks with auxiliary heads or outputs (googlenet, inception_v3) return something other than logits then.
-    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **_extra(name))
     return model
+
+
+def expression(name: str, num_classes: int) -> str:
+    """The network `name` in Python, for whoever has its weights: of torchvision's, without this package."""
+    if name in OURS:
+        return f"esam_dist.models.build_model({name!r}, {num_classes})"
+    extra = "".join(f", {key}={value}" for key, value in _extra(name).items())
+    return f"torchvision.models.get_model({name!r}, weights=None, num_classes={num_classes}{extra})"
+
+
+def _extra(name: str) -> dict[str, bool]:
+    # Networks with auxiliary heads or outputs return something other than logits in training.
+    return {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from esam_dist import __version__, config
-from esam_dist.averaging import averaged_model
+from esam_dist import __version__
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import Batch, open_samples
 from esam_dist.errors import UserError
@@ -21,7 +20,7 @@ from esam_dist.files import write_file
 from esam_dist.network import build_network
 from esam_dist.ranks import Ranks, joined
 from esam_dist.report.command import in_columns
-from esam_dist.resume import check_network, choose
+from esam_dist.resume import averaged_weights, check_network, choose, run_config
 from esam_dist.sharpness import page
 from esam_dist.sharpness.measure import Wanted, measure
 from esam_dist.sharpness.objective import Objective
@@ -92,17 +91,12 @@ class _Opened:
         self.folder = folder
         # Second derivatives need what autocast and compilation leave out.
         plain = ["train.precision=fp32", "train.compile=false", "data.workers=0"]
-        self.cfg = config.load(folder / "config.yaml", plain)
+        self.cfg = run_config(folder, plain)
         self.path, state = choose(Checkpoints(folder / "checkpoints", self.cfg.checkpoint.keep), args.checkpoint)
         self._data = open_samples(self.cfg.data, ranks, split=args.split, most=args.samples)
         self._module = build_network(self.cfg, self._data.num_classes, ranks.device)
         check_network(self.path, state, self.cfg, self._module)
-        weights = state["engine"]["model"]
-        if args.averaged:
-            if not state.get("average"):
-                raise UserError(f"checkpoint {self.path}: holds no average; leave out --averaged")
-            weights = averaged_model(weights, state["average"])
-        self._module.load_state_dict(weights)
+        self._module.load_state_dict(averaged_weights(self.path, state) if args.averaged else state["engine"]["model"])
         self._kind = torch.float64 if args.double else torch.float32
         self.about: dict[str, Any] = {
             "checkpoint": str(self.path),

@@ -135,7 +135,7 @@ def test_all_checkpoints_damaged(start, trained):
 
 
 def test_unreadable_checkpoint_asked_for_by_path(start, tmp_path):
-    assert_refused(start(f"run.resume={tmp_path / 'nowhere'}"), "nowhere", "cannot be read")
+    assert_refused(start(f"run.resume={tmp_path / 'nowhere'}"), "run.resume", "nowhere", "no such checkpoint")
 
 
 def test_checkpoint_of_another_network(start, trained, tmp_path, tiny):
@@ -162,6 +162,22 @@ def test_loss_that_is_not_finite_stops_the_run_says_why_and_is_counted(start, tm
 
 def test_evaluate_without_a_run(tmp_path):
     assert_refused(here("evaluate", tmp_path), "config.yaml")
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("export",), ("predict", "image.png")])
+def test_a_run_that_is_not_there_is_said_to_be_not_there_with_those_that_are(trained, command):
+    name, *rest = command
+    key = "MODEL" if name == "predict" else "RUN"
+    assert_refused(
+        here(name, trained.with_name("ran"), *rest), f"{key} = ", "ran: no such folder", f"(there are {trained})"
+    )
+    assert_refused(here(name, trained.parent, *rest), f"{key} = ", "no run's folder")
+    assert_refused(here(name, trained, *rest, "--checkpoint", "77"), "no such checkpoint; there are step_00000001")
+
+
+def test_evaluate_of_a_checkpoint_says_how_to_name_it(trained):
+    path = trained / "checkpoints/step_00000001"
+    assert_refused(here("evaluate", path), "is a checkpoint", str(trained), "--checkpoint step_00000001")
 
 
 def test_evaluate_without_a_checkpoint(trained):

@@ -48,8 +48,10 @@ def found(own, **run):
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [("checkpoints/step_00000001", 1), ("step_00000001", 1), ("", 2), ("checkpoints/step_00000002", 2)],
-    ids=["a checkpoint", "a step's name", "a run's newest sound one", "another"],
+    [
+        *(("checkpoints/step_00000001", 1), ("step_00000001", 1), ("", 2), ("checkpoints/step_00000002", 2)),
+        *(("1", 1), ("step_1", 1), ("checkpoints/1", 1), ("checkpoints/step_00000001/state.pt", 1)),
+    ],
 )
 def test_an_empty_folder_begins_from_what_is_named(own, other, name, step):
     assert found(own, resume=str(other / name)) == step
@@ -64,12 +66,38 @@ def test_a_folder_with_checkpoints_goes_on_from_its_own_newest_and_says_so(own, 
 
 
 def test_a_named_checkpoint_that_is_broken_or_missing_is_one_line(own, other, tmp_path):
-    for name in ("checkpoints/step_00000003", "checkpoints/step_00000009", "nowhere"):
-        with pytest.raises(UserError, match="use another checkpoint"):
+    with pytest.raises(UserError, match=r"step_00000003: .*use another checkpoint"):
+        found(own, resume=str(other / "checkpoints/step_00000003"))
+    for name in ("checkpoints/step_00000009", "step_00000009", "9"):
+        with pytest.raises(UserError, match=rf"{name}: no such checkpoint; there are step_00000001, step_00000002"):
             found(own, resume=str(other / name))
+    with pytest.raises(UserError, match=r"run.resume = .*nowhere: no such checkpoint; give the folder of a run"):
+        found(own, resume=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"run.resume = .*: is no checkpoint \(it holds no state.pt\)"):
+        found(own, resume=str(tmp_path))
     (tmp_path / "third" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"run.resume = .*third: that run has no checkpoint"):
         found(own, resume=str(tmp_path / "third"))
+
+
+@pytest.mark.parametrize("step", [7, "step_7", "step_00000007"])
+def test_a_step_without_a_run_in_an_empty_folder_is_one_line_that_says_how_to_name_the_run(own, step):
+    with pytest.raises(UserError, match=rf"run.resume = {step}: .*holds no checkpoint; give RUN/{step}"):
+        found(own, resume=step)
+
+
+@pytest.mark.parametrize("name", ["resnet18.pth", "model.safetensors", "anything"])
+def test_a_file_of_weights_is_refused_with_the_key_that_takes_it(own, tmp_path, name):
+    torch.save(NETWORK.state_dict(), tmp_path / name)
+    with pytest.raises(UserError, match=rf"is a file.*give model.weights={tmp_path / name} and leave run.resume out"):
+        found(own, resume=str(tmp_path / name))
+
+
+def test_a_step_is_one_of_the_runs_own_whatever_lies_in_the_working_directory(other, own, monkeypatch):
+    own.save(state(1), 1)
+    monkeypatch.chdir(other / "checkpoints")
+    path, _ = resume.choose(own, "step_00000001")
+    assert path.parent == own.folder
 
 
 def test_own_checkpoints_that_are_all_broken_are_not_passed_over_for_the_named_one(own, other):
@@ -85,10 +113,15 @@ def test_a_new_run_has_nothing_to_go_on_from(own, other):
 
 @pytest.mark.parametrize(
     ("wanted", "name"),
-    [("newest", "step_00000002"), ("step_00000001", "step_00000001")],
+    [
+        ("newest", "step_00000002"),
+        ("step_00000001", "step_00000001"),
+        ("1", "step_00000001"),
+        ("OTHER", "step_00000002"),
+    ],
 )
 def test_what_is_evaluated_is_sound(other, wanted, name):
-    path, chosen = resume.choose(Checkpoints(other / "checkpoints", keep=1), wanted)
+    path, chosen = resume.choose(Checkpoints(other / "checkpoints", keep=1), wanted.replace("OTHER", str(other)))
     assert path.name == name
     assert chosen["train"]["step"] == int(name[-1])
 
@@ -154,6 +187,11 @@ def test_a_parameter_that_was_never_updated_comes_behind_those_that_tell_the_num
 
 
 def test_a_checkpoint_of_another_network_is_refused(own):
-    own.save(state(4, network=nn.Linear(3, 5)), 4)
-    with pytest.raises(UserError, match="another network"):
+    path = own.save(state(4, network=nn.Linear(3, 5)), 4)
+    with pytest.raises(UserError, match="another network") as refused:
+        found(own)
+    assert "weight is [5, 3], not [2, 3]" in str(refused.value)
+    assert f"a new run.folder with model.weights={path} in place of run.resume" in str(refused.value)
+    own.save(state(5, names=(), network=nn.Linear(3, 2, bias=False)), 5)
+    with pytest.raises(UserError, match=r"another network.*\(bias is missing\)"):
         found(own)

@@ -111,7 +111,7 @@ def _jobs(source: Source, split: str, plan: Plan) -> Iterator[ShardJob]:
 
 
 def _write_all(source: Source, out: Path, plan: Plan, jobs: list[ShardJob], workers: int) -> None:
-    with _Progress(sum(len(job.samples) for job in jobs)) as progress:
+    with Progress(sum(len(job.samples) for job in jobs)) as progress:
         for num_samples in results(partial(_write, source, out, plan.encoding), jobs, workers):
             progress.add(num_samples)
 
@@ -162,14 +162,14 @@ def write_description(
     write_file(out / DESCRIPTION, json.dumps(description.model_dump(), indent=1) + "\n")
 
 
-class _Progress:
-    """How far, how fast, how long still: a bar on a terminal, a log line every few seconds elsewhere."""
+class Progress:
+    """How far, how fast, how long still, of images: a bar on a terminal, a log line every few seconds elsewhere."""
 
-    def __init__(self, total: int) -> None:
-        self._bar = tqdm(total=total, unit="img", disable=None)
+    def __init__(self, total: int, *, no_bar: bool = False) -> None:
+        self._bar = tqdm(total=total, unit="img", disable=no_bar or None)
         self._total, self._done, self._start, self._said = total, 0, time.monotonic(), time.monotonic()
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
