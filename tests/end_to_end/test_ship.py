@@ -151,7 +151,8 @@ def test_each_file_has_the_probabilities_of_its_image(run, data, pictures):
     for row in found:
         wanted = shares[int(row["path"].rpartition("/")[2].removesuffix(".png"))]
         for guess in row["predictions"]:
-            assert guess["probability"] == pytest.approx(wanted[guess["output"]], abs=1e-6)
+            # Six digits, and sums over batches of another size.
+            assert guess["probability"] == pytest.approx(wanted[guess["output"]], abs=1e-5)
     assert len({row["predictions"][0]["probability"] for row in found}) > len(found) // 2 == 11
 
 
