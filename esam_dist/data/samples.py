@@ -5,6 +5,7 @@ Letters: B samples per rank, S image size in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,18 @@ from esam_dist.data.keys import DataKeys
 from esam_dist.data.order import Picks
 from esam_dist.data.raw import MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 
+Change = Callable[[Pixels, int], None]
+"""What alters the pixels of an image in place, given the sample's seed; it must be picklable, for the workers."""
+
 
 class View:
-    """Writes the pixels of an image as the network shall see them."""
+    """Writes the pixels of an image as the network shall see them; `change` has the last word on each."""
 
-    def __init__(self, cfg: DataKeys, *, train: bool) -> None:
+    def __init__(self, cfg: DataKeys, *, train: bool, change: Change | None = None) -> None:
+        self.train = train
         self._cfg = cfg
         self._augment = Augment(cfg) if train else None
+        self._change = change
 
     def __call__(self, data: bytes, seed: int, out: Pixels) -> None:
         """Decode `data` into `out` [S, S, 3]. Raises SampleError."""
@@ -32,14 +38,15 @@ class View:
             self._augment(image, seed, out)
         else:
             image.crop(centre_box(image.width, image.height, self._cfg.crop_ratio), out)
+        if self._change is not None:
+            self._change(out, seed)
 
 
 class Samples:
     """Map-style dataset over the picks of whole batches, numbered: one call of `__getitems__` fills one batch."""
 
-    def __init__(self, split: Split, cfg: DataKeys, ring: Ring, *, train: bool) -> None:
-        self._split, self._cfg, self._ring, self._train = split, cfg, ring, train
-        self._view = View(cfg, train=train)
+    def __init__(self, split: Split, cfg: DataKeys, ring: Ring, view: View) -> None:
+        self._split, self._cfg, self._ring, self._view, self._train = split, cfg, ring, view, view.train
 
     def __getitems__(self, numbered: tuple[int, Picks]) -> Any:
         """The Raw of `picks`, given its number too: which slot it goes to.
@@ -57,7 +64,9 @@ class Samples:
             ids[0] = (ids[0] + 1) % self._split.num_samples
             bad -= {0} if self._load(ids[0], seeds[0], pixels[0], skips) else set()
         labels = torch.from_numpy(self._split.entries["label"][ids].astype(np.int64))
-        raw = Raw(images, labels, int(picks.seeds[0] >> np.uint64(1)), skips, len(skips) + len(ids) - len(bad))
+        num_read = len(skips) + len(ids) - len(bad)
+        numbers = None if self._train else ids
+        raw = Raw(images, labels, int(picks.seeds[0] >> np.uint64(1)), skips, num_read, numbers)
         return self._ring.sent(number, _without_bad(raw, bad, self._train) if bad else raw)
 
     def _load(self, sample: int, seed: int, out: Pixels, skips: list[Skip]) -> bool:
@@ -87,4 +96,5 @@ def _without_bad(raw: Raw, bad: set[int], train: bool) -> Raw:
     for place, other in enumerate(shown.tolist()):
         if place != other:
             raw.images[place] = raw.images[other]
-    return raw._replace(images=raw.images[: len(shown)], labels=raw.labels[shown])
+    ids = None if raw.ids is None else raw.ids[shown]
+    return raw._replace(images=raw.images[: len(shown)], labels=raw.labels[shown], ids=ids)
