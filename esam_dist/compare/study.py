@@ -132,12 +132,7 @@ def num_trials(method: Method) -> int:
 def load(path: Path) -> Study:
     """Read a study file (YAML). Raises UserError: one line that names the key, the value and the remedy."""
     source = f"study {printable(str(path))}"
-    try:
-        with path.open("rb") as file:
-            content = file.read(strict_yaml.MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    values = strict_yaml.parse(content, source)
+    values = strict_yaml.read(path, source)
     if not isinstance(values, dict):
         raise UserError(f"{source}: must hold keys such as 'methods:'; see docs/compare.md")
     try:

@@ -25,12 +25,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     Raises UserError when the file cannot be read, an override has another form, or a key or value is refused.
     """
     source = f"config {printable(str(path))}"
-    try:
-        with path.open("rb") as file:
-            content = file.read(strict_yaml.MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    values = strict_yaml.parse(content, source)
+    values = strict_yaml.read(path, source)
     if values is None:
         values = {}
     if not isinstance(values, dict):

@@ -9,6 +9,7 @@ anchors, aliases, tags, keys that are lists, a second document, control characte
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -28,6 +29,16 @@ FLOAT = re.compile(
 )
 CONTROL = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 CLOSED = (yaml.SequenceEndEvent, yaml.MappingEndEvent)
+
+
+def read(path: Path, source: str) -> Any:
+    """The value that the file at `path` holds, as `parse` gives it. Raises UserError also where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    return parse(content, source)
 
 
 def parse(content: bytes, source: str) -> Any:
