@@ -100,6 +100,18 @@ class Findings(_Part):
     corruptions: list[CorruptionScore] = []
 
 
+def by_accuracy(found: Findings) -> list[ClassScore]:
+    """The classes that have samples, the worst first; of equals the one with more samples."""
+    scored = [score for score in found.classes if score.accuracy is not None]
+    return sorted(scored, key=lambda score: (score.accuracy or 0.0, -score.count))
+
+
+def confused_pairs(found: Findings) -> list[tuple[int, int, int]]:
+    """(true class, predicted class, samples) of those that were taken for another class, the most first."""
+    wrong = [pair for pair in found.confusion if pair[0] != pair[1]]
+    return sorted(wrong, key=lambda pair: (-pair[2], pair[:2]))
+
+
 def write(path: Path, found: Findings) -> None:
     """Let `path` hold `found`, in one move. Raises OSError."""
     write_file(path, found.model_dump_json(indent=1) + "\n")

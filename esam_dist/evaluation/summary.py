@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esam_dist.errors import printable
-from esam_dist.findings import ClassScore, Findings
+from esam_dist.findings import ClassScore, Findings, by_accuracy, confused_pairs
 from esam_dist.report.command import in_columns
 
 FEW = 5
@@ -28,18 +28,6 @@ def _calibration(found: Findings) -> str:
         f"error {found.calibration_error:.4f} over {len(found.bins)} bins of confidence: {told:.4f} on average, for an "
         f"accuracy of {found.accuracy:.4f}"
     )
-
-
-def by_accuracy(found: Findings) -> list[ClassScore]:
-    """The classes that have samples, the worst first; of equals the one with more samples."""
-    scored = [score for score in found.classes if score.accuracy is not None]
-    return sorted(scored, key=lambda score: (score.accuracy, -score.count))
-
-
-def confused_pairs(found: Findings) -> list[tuple[int, int, int]]:
-    """(true class, predicted class, samples) of those that were taken for another class, the most first."""
-    wrong = [pair for pair in found.confusion if pair[0] != pair[1]]
-    return sorted(wrong, key=lambda pair: (-pair[2], pair[:2]))
 
 
 def _classes(found: Findings) -> list[list[str]]:
