@@ -66,8 +66,8 @@ def predict(module: nn.Module, data: ValidationData, outputs: Sequence[int], ran
             f"the network's outputs are not finite for {lost} of {len(table)} samples; evaluate with "
             "train.precision=fp32, or an earlier checkpoint (--checkpoint)"
         )
-    ids, labels, predicted = (table[:, column].astype(np.int64) for column in range(3))
-    return Predictions(ids, labels, predicted, np.minimum(table[:, 3], 1.0), table[:, 4], table[:, 5] > 0)
+    sample, true, predicted = (table[:, column].astype(np.int64) for column in range(3))
+    return Predictions(sample, true, predicted, np.minimum(table[:, 3], 1.0), table[:, 4], table[:, 5] > 0)
 
 
 def _said(logits_BK: Tensor, labels_B: Tensor, ids_B: Tensor) -> Tensor:

@@ -35,9 +35,12 @@ def reliability(found: Findings) -> str:
             continue
         left, width = x(part.low) + 1, x(part.high) - x(part.low) - 2
         told = f"confidence {part.confidence:.3f}, accuracy {part.accuracy:.3f}, {part.count} samples"
-        low, high = sorted((part.accuracy, part.confidence))
+        middle, ends = left + width / 2, (y(part.accuracy), y(part.confidence))
         parts.append(_box(left, y(part.accuracy), width, y(0) - y(part.accuracy), 'class="right" opacity=".75"', told))
-        parts.append(_box(left, y(high), width, y(low) - y(high), 'class="wrong" opacity=".45"', told))
+        parts.append(f'<line class="gap" x1="{middle:.1f}" x2="{middle:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>')
+        parts.append(
+            f'<circle class="wrong" cx="{middle:.1f}" cy="{ends[1]:.1f}" r="3.5"><title>{told}</title></circle>'
+        )
         tall = max(1.0, part.count / most * (STRIP - 10))
         parts.append(_box(left, y(0) + STRIP - tall + 6, width, tall, 'class="plain" opacity=".4"', told))
     parts.append(f'<line class="mark" stroke="currentColor" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>')
@@ -46,8 +49,9 @@ def reliability(found: Findings) -> str:
     heading = "Reliability: accuracy over confidence"
     svg = f'<svg viewBox="0 0 {LEFT + SIDE + 14} {height}" role="img" aria-label="{heading}">{"".join(parts)}</svg>'
     note = (
-        '<p class="note">Blue: accuracy of the samples in a bin of confidence. Orange: its distance from their mean '
-        "confidence, whose mean over samples is the calibration error. Dashed: where both agree. Grey: samples.</p>"
+        '<p class="note">Blue: accuracy of the samples in a bin of confidence. Orange: from there to their mean '
+        "confidence; the mean length over samples is the calibration error. Dashed: where both agree. Grey: how many "
+        "samples.</p>"
     )
     return f"<figure><figcaption>{heading}</figcaption>{svg}</figure>{note}"
 
@@ -85,7 +89,7 @@ def matrix(found: Findings) -> str:
                     f"{count}</text>"
                 )
     side = room + len(shown) * cell + 6
-    heading = "Confusion: true class (rows), taken for (columns)"
+    heading = "Confusion: true class in rows"
     svg = f'<svg viewBox="0 0 {side:.0f} {side:.0f}" role="img" aria-label="{heading}">{"".join(parts)}</svg>'
     return f'<figure style="max-width:{max(24, side / 16):.0f}rem"><figcaption>{heading}</figcaption>{svg}</figure>'
 

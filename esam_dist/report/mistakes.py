@@ -63,12 +63,9 @@ def _row(one: Evaluated) -> list[str]:
 
 
 def _one(found: Findings) -> str:
-    parts = [_about(found), '<div class="sides">', f"<div>{_scores(found)}</div>"]
-    parts += [f"<div>{diagram.reliability(found)}</div>", "</div>"]
-    drawn = diagram.matrix(found)
-    pairs = _pairs(found)
-    parts.append(f'<div class="sides"><div>{drawn}</div><div>{pairs}</div></div>' if drawn else pairs)
-    return "".join([*parts, _wall(found)])
+    parts = [_scores(found), diagram.matrix(found), diagram.reliability(found), _pairs(found)]
+    sides = "".join(f"<div>{part}</div>" for part in parts if part)
+    return f'{_about(found)}<div class="sides">{sides}</div>{_wall(found)}'
 
 
 def _about(found: Findings) -> str:
@@ -151,4 +148,5 @@ def _corruptions(shown: Sequence[Evaluated]) -> str:
     if len({tuple((s.name, s.severity) for s in one.found.corruptions) for one in measured}) > 1:
         note += " Not all runs were measured with the same corruptions: compare only rows of the same severities."
     head = ["Corruption", *(one.name for one in measured)]
-    return f'<h3>Under corruptions</h3>{numbers(head, lines, words=1)}<p class="note">{escape(note)}</p>'
+    table = numbers(head, lines, words=1, stack=False)
+    return f'<h3>Under corruptions</h3>{table}<p class="note">{escape(note)}</p>'

@@ -74,7 +74,12 @@ class Run:
     def checkpoints(self) -> tuple[Path | None, Path | None]:
         """The best and the newest."""
         there = Checkpoints(self.folder / "checkpoints", keep=1)
-        return there.best(), (there.all() or [None])[-1]
+        try:
+            found = there.all()
+        except UserError as error:
+            log.warning("%s", error)
+            found = []
+        return (there.best(), found[-1]) if found else (None, None)
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Curve:
 
 def read(folder: Path) -> Run:
     """The run in `folder`. Raises UserError where there is none, or nothing was reported yet."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; give the folder of a run (run.folder)")
     rows = jsonl.read(folder)
     if not rows:
         raise UserError(

@@ -104,7 +104,7 @@ def test_folders_without_a_run_are_named_and_passed_over(tmp_path, caplog):
     answer = here("report", *folders)
     assert answer.status == 0, answer.err
     text = (tmp_path / "sgd-0/report.html").read_text()
-    for name, reason in (("failed", "holds no rows"), ("notes.txt", "cannot be read"), ("broken", "is given twice")):
+    for name, reason in (("failed", "holds no rows"), ("notes.txt", "is no folder"), ("broken", "is given twice")):
         assert re.search(f"passed over: .*{name}.*{reason}", caplog.text)
         assert re.search(f"Passed over: [^<]*{name}", text)
     assert here("report", tmp_path / "failed", tmp_path / "notes.txt").status == 2
