@@ -43,7 +43,6 @@ from esam_dist.data.order import Order
 from esam_dist.data.prepare.encode import JPEGTRAN, Encoding
 from esam_dist.data.prepare.folders import folders
 from esam_dist.data.prepare.write import Plan, write_dataset
-from esam_dist.data.samples import View
 
 BATCH, SIZE, CLASSES = 100, 224, 10
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -203,7 +202,7 @@ def _raw(root: Path, workers: int) -> Iterator[Any]:
     cfg = DataKeys(path=root / "shards", batch_size=BATCH, workers=workers, image_size=SIZE, augment="imagenet")
     split = open_split(cfg.path, "train")
     picks = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=BATCH, rank=0, world_size=1)
-    raws = load(split, cfg, picks, View(cfg, train=True), pin=False)
+    raws = load(split, cfg, picks, train=True, pin=False)
     return ((raw.images.permute(0, 3, 1, 2), raw.labels) for raw in raws)
 
 

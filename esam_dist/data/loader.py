@@ -6,7 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from esam_dist.data.keys import DataKeys
 from esam_dist.data.open_files import check_open_files
 from esam_dist.data.order import Ids, Order, Picks, mix, share
 from esam_dist.data.raw import AHEAD, Raw, Ring
-from esam_dist.data.samples import Change, Samples, View
+from esam_dist.data.samples import Change, Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
 from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
@@ -104,9 +104,7 @@ class TrainData:
 class ValidationData:
     """This rank's share of the validation set: over all ranks every sample exactly once."""
 
-    def __init__(
-        self, cfg: DataKeys, *, rank: int, world_size: int, device: torch.device, change: Change | None = None
-    ) -> None:
+    def __init__(self, cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> None:
         self.split = split = open_split(cfg.path, "validation")
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
         ids = np.array(share(split.num_samples, rank, world_size), np.int64)
@@ -114,7 +112,7 @@ class ValidationData:
         picks = [Picks(part, np.zeros_like(part), mix(part), 0) for part in parts]
         # Without a share there is no work.
         used = cfg if picks else cfg.model_copy(update={"workers": 0})
-        self._raws = load(split, used, picks, View(cfg, train=False, change=change), pin=device.type == "cuda")
+        self._raws = load(split, used, picks, train=False, pin=device.type == "cuda")
         self._skipped = Skipped(cfg, endless=False)
         self._finish = Finish(cfg, device, self.num_classes, train=False)
 
@@ -126,6 +124,10 @@ class ValidationData:
     def batches(self) -> Iterator[Batch]:
         """One pass over this rank's share; the last batch may be smaller, and bad samples are left out."""
         return self._finish(self._skipped.pass_on(self._raws))
+
+    def change_by(self, change: Change) -> None:
+        """Let `change` alter every image from now on; before the first pass, which starts the workers."""
+        cast("Samples", self._raws.dataset).view.change = change
 
     def numbered(self) -> Iterator[tuple[Batch, Ids]]:
         """The same pass, each batch with the numbers of its samples in the split, [B]."""
@@ -158,7 +160,7 @@ def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: 
 
     def raws(samples_seen: int) -> DataLoader[Any]:
         picks = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
-        return load(split, cfg, picks, View(cfg, train=True), pin=device.type == "cuda")
+        return load(split, cfg, picks, train=True, pin=device.type == "cuda")
 
     return TrainData(cfg, TrainSource(raws, split.num_samples, split.class_names, split.close), device)
 
@@ -174,12 +176,10 @@ def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: t
     return TrainData(cfg, TrainSource(raws, cfg.stream_samples, class_names), device)
 
 
-def open_validation(
-    cfg: DataKeys, *, rank: int, world_size: int, device: torch.device, change: Change | None = None
-) -> ValidationData:
-    """Open the validation split for one rank; `change` alters every image. Raises UserError for whatever is wrong."""
+def open_validation(cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
+    """Open the validation split for one rank. Raises UserError for whatever is wrong."""
     check_open_files(cfg.workers, "data.workers")
-    return ValidationData(cfg, rank=rank, world_size=world_size, device=device, change=change)
+    return ValidationData(cfg, rank=rank, world_size=world_size, device=device)
 
 
 class _Numbered:
@@ -192,11 +192,11 @@ class _Numbered:
         return enumerate(self._picks)
 
 
-def load(split: Split, cfg: DataKeys, picks: Iterable[Picks], view: View, *, pin: bool) -> DataLoader[Any]:
+def load(split: Split, cfg: DataKeys, picks: Iterable[Picks], *, train: bool, pin: bool) -> DataLoader[Any]:
     """Raw batches of `picks`, in order, filled by `data.workers` processes; for one iterator at a time (see Ring)."""
     workers = cfg.workers
     return DataLoader(
-        Samples(split, cfg, Ring(cfg, workers), view),  # type: ignore[arg-type]  # whole picks in, whole batches out
+        Samples(split, cfg, Ring(cfg, workers), train=train),  # type: ignore[arg-type]  # whole picks in, whole batches out
         batch_sampler=_Numbered(picks),  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
@@ -204,7 +204,7 @@ def load(split: Split, cfg: DataKeys, picks: Iterable[Picks], view: View, *, pin
         pin_memory=pin,
         worker_init_fn=outlive_stop,
         # Validation comes again and again: its workers stay.
-        persistent_workers=not view.train and workers > 0,
+        persistent_workers=not train and workers > 0,
         # Without its own, every iterator would draw from the generator that dropout uses.
         generator=torch.Generator(),
     )

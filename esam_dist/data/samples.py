@@ -23,13 +23,12 @@ Change = Callable[[Pixels, int], None]
 
 
 class View:
-    """Writes the pixels of an image as the network shall see them; `change` has the last word on each."""
+    """Writes the pixels of an image as the network shall see them; `change`, if any, has the last word on each."""
 
-    def __init__(self, cfg: DataKeys, *, train: bool, change: Change | None = None) -> None:
-        self.train = train
+    def __init__(self, cfg: DataKeys, *, train: bool) -> None:
+        self.change: Change | None = None
         self._cfg = cfg
         self._augment = Augment(cfg) if train else None
-        self._change = change
 
     def __call__(self, data: bytes, seed: int, out: Pixels) -> None:
         """Decode `data` into `out` [S, S, 3]. Raises SampleError."""
@@ -38,15 +37,16 @@ class View:
             self._augment(image, seed, out)
         else:
             image.crop(centre_box(image.width, image.height, self._cfg.crop_ratio), out)
-        if self._change is not None:
-            self._change(out, seed)
+        if self.change is not None:
+            self.change(out, seed)
 
 
 class Samples:
     """Map-style dataset over the picks of whole batches, numbered: one call of `__getitems__` fills one batch."""
 
-    def __init__(self, split: Split, cfg: DataKeys, ring: Ring, view: View) -> None:
-        self._split, self._cfg, self._ring, self._view, self._train = split, cfg, ring, view, view.train
+    def __init__(self, split: Split, cfg: DataKeys, ring: Ring, *, train: bool) -> None:
+        self._split, self._cfg, self._ring, self._train = split, cfg, ring, train
+        self.view = View(cfg, train=train)
 
     def __getitems__(self, numbered: tuple[int, Picks]) -> Any:
         """The Raw of `picks`, given its number too: which slot it goes to.
@@ -66,13 +66,13 @@ class Samples:
         labels = torch.from_numpy(self._split.entries["label"][ids].astype(np.int64))
         num_read = len(skips) + len(ids) - len(bad)
         numbers = None if self._train else ids
-        raw = Raw(images, labels, int(picks.seeds[0] >> np.uint64(1)), skips, num_read, numbers)
+        raw = Raw(images, labels, int(picks.seeds[0] >> np.uint64(1)), skips, num_read, ids=numbers)
         return self._ring.sent(number, _without_bad(raw, bad, self._train) if bad else raw)
 
     def _load(self, sample: int, seed: int, out: Pixels, skips: list[Skip]) -> bool:
         """Fill one place of a batch, or say in `skips` why not."""
         try:
-            self._view(self._split.read(sample), seed, out)
+            self.view(self._split.read(sample), seed, out)
         except SampleError as bad:
             skips.append(Skip(self._split.describe(sample), bad.reason, bad.detail))
             return False

@@ -97,8 +97,8 @@ def _output(args: argparse.Namespace, ranks: Ranks) -> Path:
     return out
 
 
-def _open(cfg: DataKeys, ranks: Ranks, change: Corruption | None = None) -> ValidationData:
-    return open_validation(cfg, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, change=change)
+def _open(cfg: DataKeys, ranks: Ranks) -> ValidationData:
+    return open_validation(cfg, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
 
 
 def _network(args: argparse.Namespace, cfg: config.Config, num_classes: int, ranks: Ranks) -> tuple[Path, nn.Module]:
@@ -122,7 +122,9 @@ def _corrupted(
 ) -> CorruptionScore:
     """Accuracy on images that are corrupted in one way; `over` are the outputs of the data's classes, and the ranks."""
     outputs, ranks = over
-    found = predict(module, _open(cfg, ranks, corruption), outputs, ranks)
+    data = _open(cfg, ranks)
+    data.change_by(corruption)
+    found = predict(module, data, outputs, ranks)
     score = CorruptionScore(
         name=corruption.name, severity=corruption.severity, accuracy=found.is_right.mean(), loss=found.loss.mean()
     )

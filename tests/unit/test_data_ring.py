@@ -14,7 +14,6 @@ from esam_dist.data.keys import DataKeys
 from esam_dist.data.loader import load
 from esam_dist.data.order import Order
 from esam_dist.data.raw import AHEAD, MAX_BAD_IN_A_ROW, Raw, Ring, Skip
-from esam_dist.data.samples import View
 from esam_dist.data.stream import Position, StreamedBatches, load_stream
 from esam_dist.errors import UserError
 from tests.unit.test_data_loader import corrupt
@@ -31,7 +30,7 @@ def settings(path: Path, **values) -> DataKeys:
 def raw_batches(cfg: DataKeys, workers: int, *, pin: bool = False, start_method: str = "fork"):
     split = open_split(cfg.path, "train")
     picks = Order(0, split.counts, cfg.shuffle_window).batches(0, batch_size=cfg.batch_size, rank=0, world_size=1)
-    loader = load(split, cfg.model_copy(update={"workers": workers}), picks, View(cfg, train=True), pin=pin)
+    loader = load(split, cfg.model_copy(update={"workers": workers}), picks, train=True, pin=pin)
     if workers:
         loader.multiprocessing_context = start_method
     return iter(loader)
