@@ -110,7 +110,7 @@ def _curves(shown: list[Group], colours: dict[str, str]) -> str:
     by_time = [_chart(shown, colours, quantity, by_time=True) for quantity in BY_TIME]
     return (
         f'{chart.legend(colours)}<h3>By time</h3><div class="charts">{"".join(by_time)}</div>{_note(TIME)}'
-        f'<h3>By epoch</h3><div class="charts">{"".join(by_epoch)}</div>{_note(BANDS)}'
+        f'<h3>By epoch</h3>{chart.legend(colours)}<div class="charts">{"".join(by_epoch)}</div>{_note(BANDS)}'
     )
 
 

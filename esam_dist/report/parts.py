@@ -18,7 +18,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { color: var(--soft); font-size: .85rem; font-weight: 600; vertical-align: bottom; }
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
-td.number, th.number { text-align: right; } td.number { white-space: nowrap; } td.number small { color: var(--soft); }
+td.number, th.number { text-align: right; } td.number, table.wide th { white-space: nowrap; } td.number small { color: var(--soft); }
 td.key { min-width: 9rem; width: 15rem; } td code { white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font: .88em ui-monospace, monospace; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1.75rem 2.5rem; }
@@ -50,6 +50,7 @@ details.run > summary { font-size: 1rem; font-weight: 600; color: inherit; paddi
   table.stack thead { display: none; } table.stack tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
   table.stack td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; text-align: right; }
   table.stack td::before { content: attr(data-label); color: var(--soft); text-align: left; font-weight: 400; }
+  table.stack td br { display: none; } .score { grid-template-columns: 4.5rem 1fr 6.5rem; }
   table.stack td:first-child { font-weight: 600; } table.stack td:first-child::before { content: none; }
 }
 """  # noqa: E501
@@ -78,7 +79,7 @@ def numbers(columns: Sequence[str], table: list[list[str]], words: int, *, stack
         labels = [f' data-label="{escape(column)}"' if is_stacked else "" for column in columns]
         cells = "".join(f"<td{_class(i, words)}{labels[i]}>{_cell(i, words, word)}</td>" for i, word in enumerate(row))
         lines.append(f"<tr>{cells}</tr>")
-    start = '<table class="stack">' if is_stacked else "<table>"
+    start = '<table class="stack">' if is_stacked else "<table>" if stack else '<table class="wide">'
     return f'<div class="table">{start}<thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
