@@ -17,19 +17,18 @@ from typing import NoReturn
 
 from torch import nn
 
-from esam_dist import __version__, compare, config, launch, report, sharpness, ship
+from esam_dist import __version__, compare, config, evaluation, launch, report, sharpness, ship
 from esam_dist.averaging import WeightAverage
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import MicroBatches, build_engine
 from esam_dist.errors import LossNotFiniteError, UserError
-from esam_dist.evaluate import evaluate
 from esam_dist.lock import locked
 from esam_dist.metrics import Metrics, rewind
 from esam_dist.network import build_network
 from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks, joined
-from esam_dist.resume import averaged_weights, check_network, choose, find_state, run_config
+from esam_dist.resume import find_state
 from esam_dist.run_folder import History, note_not_finite, open_run_folder, read_history
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.soundness import State
@@ -99,11 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file")
     added.add_argument("--check", action="store_true", help="only validate")
-    added = command("evaluate", _evaluate, "Score a checkpoint of a run on its validation data.")
-    added.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
-    added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to its configuration")
-    added.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
-    added.add_argument("--checkpoint", default="best", help="best (default), newest, a step's name or number, a path")
+    evaluation.add_arguments(command("evaluate", evaluation.run, "Score a checkpoint, and say what it gets wrong."))
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
     launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
     ship.export.add_arguments(command("export", ship.export.run, "Write the weights of a run as a file for others."))
@@ -169,27 +164,6 @@ def _take_up(run: Training, saved: State) -> None:
     run.trainer.state.load_state_dict(saved.get("method", {}))
     if run.average is not None:
         run.average.load_state_dict(saved.get("average", {}))
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    cfg = run_config(args.run_folder, args.overrides)
-    checkpoints = Checkpoints(args.run_folder / "checkpoints", cfg.checkpoint.keep)
-    path, state = choose(checkpoints, args.checkpoint)
-    ranks = Ranks.from_environment()
-    validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
-    module = build_network(cfg, validation.num_classes, ranks.device)
-    check_network(path, state, cfg, module)
-    weights = averaged_weights(path, state) if args.averaged else state["engine"]["model"]
-    module.load_state_dict(weights)
-    del state, weights
-    with joined(cfg.engine.collective_timeout_seconds) as ranks:
-        score = evaluate(module, validation, ranks)
-    if ranks.is_first:
-        print(
-            f"{path}: accuracy {score.accuracy:.4f}, top-5 {score.top5_accuracy:.4f}, loss {score.loss:.4f} "
-            f"over {score.num_samples} samples"
-        )
-    return 0
 
 
 def _progress(cfg: config.Config, saved: State | None, history: History, data: TrainData) -> Progress:

@@ -14,7 +14,8 @@ from esam_dist.compare.runs import Result, duration
 from esam_dist.compare.statistics import Cell
 from esam_dist.compare.study import Study, dump
 from esam_dist.report import chart
-from esam_dist.report.page import SHARE, document, numbers
+from esam_dist.report.page import SHARE
+from esam_dist.report.parts import document, numbers
 from esam_dist.report.runs import Curve
 
 CELLS = ("Method", "Budget", "Epochs", "Time", "FLOPs", "Seeds", "Diverged", "Accuracy", "On the front")

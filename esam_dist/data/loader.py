@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from esam_dist.data.dataset import Split, open_split, read_description
 from esam_dist.data.device import Batch, Finish
 from esam_dist.data.keys import DataKeys
 from esam_dist.data.open_files import check_open_files
-from esam_dist.data.order import Order, Picks, share
+from esam_dist.data.order import Ids, Order, Picks, mix, share
 from esam_dist.data.raw import AHEAD, Raw, Ring
-from esam_dist.data.samples import Images, Samples
+from esam_dist.data.samples import Change, Images, Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
 from esam_dist.data.worker import outlive_stop
 from esam_dist.errors import UserError
@@ -109,12 +110,13 @@ class ValidationData:
     """
 
     def __init__(self, cfg: DataKeys, split: Split, chosen: NDArray[np.int64], ranks: Ranks) -> None:
+        self.split = split
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
         self.most_batches = math.ceil(math.ceil(len(chosen) / ranks.world_size) / cfg.batch_size)
         """Of any rank in one pass."""
         ids = chosen[np.array(share(len(chosen), ranks.rank, ranks.world_size), np.int64)]
         parts = [ids[start : start + cfg.batch_size] for start in range(0, len(ids), cfg.batch_size)]
-        picks = [Picks(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]
+        picks = [Picks(part, np.zeros_like(part), mix(part), 0) for part in parts]
         # Without a share there is no work.
         used = cfg if picks else cfg.model_copy(update={"workers": 0})
         self._raws = load(split, used, picks, train=False, pin=ranks.device.type == "cuda")
@@ -129,6 +131,24 @@ class ValidationData:
     def batches(self) -> Iterator[Batch]:
         """One pass over this rank's share; the last batch may be smaller, and bad samples are left out."""
         return self._finish(self._skipped.pass_on(self._raws))
+
+    def change_by(self, change: Change) -> None:
+        """Let `change` alter every image from now on; before the first pass, which starts the workers."""
+        cast("Samples", self._raws.dataset).view.change = change
+
+    def numbered(self) -> Iterator[tuple[Batch, Ids]]:
+        """The same pass, each batch with the numbers of its samples in the split, [B]."""
+        # Batches come in the order of their raw ones, of which `_finish` may take one ahead.
+        waiting: deque[Ids] = deque()
+
+        def noted(raws: Iterable[Raw]) -> Iterator[Raw]:
+            for raw in raws:
+                assert raw.ids is not None
+                waiting.append(raw.ids)
+                yield raw
+
+        for batch in self._finish(noted(self._skipped.pass_on(self._raws))):
+            yield batch, waiting.popleft()
 
 
 def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -52,6 +53,8 @@ class Raw(NamedTuple):
     skips: list[Skip]
     num_read: int
     """Samples that were looked at for it, good and bad."""
+    ids: NDArray[np.int64] | None = None  # [B]
+    """In validation: which samples of the split they are."""
 
 
 class Ring:

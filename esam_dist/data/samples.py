@@ -5,6 +5,7 @@ Letters: B samples per rank, S image size in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +19,15 @@ from esam_dist.data.order import Picks
 from esam_dist.data.raw import MAX_BAD_IN_A_ROW, Raw, Ring, Skip
 from esam_dist.data.shards import Entries
 
+Change = Callable[[Pixels, int], None]
+"""What alters the pixels of an image in place, given the sample's seed; it must be picklable, for the workers."""
+
 
 class View:
-    """Writes the pixels of an image as the network shall see them."""
+    """Writes the pixels of an image as the network shall see them; `change`, if any, has the last word on each."""
 
     def __init__(self, cfg: DataKeys, *, train: bool) -> None:
+        self.change: Change | None = None
         self._cfg = cfg
         self._augment = Augment(cfg) if train else None
 
@@ -33,6 +38,8 @@ class View:
             self._augment(image, seed, out)
         else:
             image.crop(centre_box(image.width, image.height, self._cfg.crop_ratio), out)
+        if self.change is not None:
+            self.change(out, seed)
 
 
 class Images(Protocol):
@@ -62,7 +69,7 @@ class Samples:
 
     def __init__(self, split: Images, cfg: DataKeys, ring: Ring, *, train: bool) -> None:
         self._split, self._cfg, self._ring, self._train = split, cfg, ring, train
-        self._view = View(cfg, train=train)
+        self.view = View(cfg, train=train)
 
     def __getitems__(self, numbered: tuple[int, Picks]) -> Any:
         """The Raw of `picks`, given its number too: which slot it goes to.
@@ -80,13 +87,15 @@ class Samples:
             ids[0] = (ids[0] + 1) % self._split.num_samples
             bad -= {0} if self._load(ids[0], seeds[0], pixels[0], skips) else set()
         labels = torch.from_numpy(self._split.entries["label"][ids].astype(np.int64))
-        raw = Raw(images, labels, int(picks.seeds[0] >> np.uint64(1)), skips, len(skips) + len(ids) - len(bad))
+        num_read = len(skips) + len(ids) - len(bad)
+        numbers = None if self._train else ids
+        raw = Raw(images, labels, int(picks.seeds[0] >> np.uint64(1)), skips, num_read, ids=numbers)
         return self._ring.sent(number, _without_bad(raw, bad, self._train) if bad else raw)
 
     def _load(self, sample: int, seed: int, out: Pixels, skips: list[Skip]) -> bool:
         """Fill one place of a batch, or say in `skips` why not."""
         try:
-            self._view(self._split.read(sample), seed, out)
+            self.view(self._split.read(sample), seed, out)
         except SampleError as bad:
             skips.append(Skip(self._split.describe(sample), bad.reason, bad.detail))
             return False
@@ -110,4 +119,5 @@ def _without_bad(raw: Raw, bad: set[int], train: bool) -> Raw:
     for place, other in enumerate(shown.tolist()):
         if place != other:
             raw.images[place] = raw.images[other]
-    return raw._replace(images=raw.images[: len(shown)], labels=raw.labels[shown])
+    ids = None if raw.ids is None else raw.ids[shown]
+    return raw._replace(images=raw.images[: len(shown)], labels=raw.labels[shown], ids=ids)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from esam_dist import config
+from esam_dist import config, findings
+from esam_dist.checkpoint import Checkpoints
+from esam_dist.config import strict_yaml
 from esam_dist.errors import UserError
+from esam_dist.findings import Findings
 from esam_dist.metrics import jsonl
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 NOT_THE_METHOD = ("run.", "metrics.", "checkpoint.")  # keys that say where a run writes, not what it learns
@@ -29,6 +35,8 @@ class Run:
     environment: dict[str, Any]
     train: list[Row]
     validation: list[Row]
+    evaluations: list[Findings] = field(default_factory=list)
+    """What `esam-dist evaluate` wrote there: of its own data, then of others."""
 
     @property
     def seed(self) -> str:
@@ -46,10 +54,32 @@ class Run:
         return found
 
     @property
-    def hours(self) -> float:
+    def seconds(self) -> float:
         """Time of the training steps, without validation and checkpoints, which depend more on the machine."""
-        steps = np.diff([0, *(row["step"] for row in self.train)])
-        return float(sum(n * (row.get("step_seconds") or 0.0) for n, row in zip(steps, self.train, strict=True))) / 3600
+        return self.seconds_at(max((row["step"] for row in self.train), default=0))
+
+    def seconds_at(self, step: int) -> float:
+        """The same until `step`."""
+        steps = [0, *(row["step"] for row in self.train)]
+        each = [row.get("step_seconds") or 0.0 for row in self.train]
+        return float(np.interp(step, steps, np.cumsum([0.0, *np.diff(steps) * each])))
+
+    @property
+    def accuracies(self) -> list[tuple[int, float]]:
+        """(step, accuracy) of every validation."""
+        found = [(row["step"], row.get("accuracy")) for row in self.validation]
+        return [(step, accuracy) for step, accuracy in found if isinstance(accuracy, int | float)]
+
+    @property
+    def checkpoints(self) -> tuple[Path | None, Path | None]:
+        """The best and the newest."""
+        there = Checkpoints(self.folder / "checkpoints", keep=1)
+        try:
+            found = there.all()
+        except UserError as error:
+            log.warning("%s", error)
+            found = []
+        return (there.best(), found[-1]) if found else (None, None)
 
 
 @dataclass(frozen=True)
@@ -71,19 +101,34 @@ class Curve:
 
 def read(folder: Path) -> Run:
     """The run in `folder`. Raises UserError where there is none, or nothing was reported yet."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; give the folder of a run (run.folder)")
     rows = jsonl.read(folder)
     if not rows:
         raise UserError(
             f"{folder}: holds no rows in metrics.jsonl; give the folder of a run (run.folder) that has begun"
         )
-    environment = folder / "environment.json"
     return Run(
         folder,
         _settings(folder / "config.yaml"),
-        json.loads(environment.read_text()) if environment.exists() else {},
+        _environment(folder / "environment.json"),
         [row for row in rows if row["kind"] == "train"],
         [row for row in rows if row["kind"] == "validation"],
+        _evaluations(folder),
     )
+
+
+def read_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs in `folders`, and of each folder without one why it is passed over. Raises UserError without any run."""
+    found, passed_over = [], []
+    for folder in folders:
+        try:
+            found.append(read(folder))
+        except UserError as error:
+            passed_over.append(str(error))
+    if not found:
+        raise UserError(passed_over[0])
+    return found, passed_over
 
 
 def group(runs: list[Run]) -> list[Group]:
@@ -97,18 +142,20 @@ def group(runs: list[Run]) -> list[Group]:
     return [Group(_name(members, differing), members) for members in found.values()]
 
 
-def curve(members: Group, rows: str, key: str) -> Curve:
-    """`key` over the epochs at which every seed of the group has a value; `rows` is `train` or `validation`."""
+def curve(members: Group, rows: str, key: str, *, by_time: bool = False) -> Curve:
+    """`key` over the epochs, or seconds, at which every seed of the group has a value.
+
+    `rows` is `train` or `validation`. Over time, a point is at the mean of the seeds' times.
+    """
     tables = []
     for run in members.runs:
-        values = getattr(run, rows)
-        tables.append(
-            {row["step"]: (row["epoch"], row[key]) for row in values if isinstance(row.get(key), int | float)}
-        )
+        values = [row for row in getattr(run, rows) if isinstance(row.get(key), int | float)]
+        at = {row["step"]: run.seconds_at(row["step"]) if by_time else row["epoch"] for row in values}
+        tables.append({row["step"]: (at[row["step"]], row[key]) for row in values})
     steps = sorted(set.intersection(*map(set, tables))) if tables else []
     points = np.array([[table[step] for step in steps] for table in tables], dtype=float).reshape(len(tables), -1, 2)
     half = [interval([float(v) for v in points[:, i, 1]])[1] for i in range(len(steps))]
-    return Curve(points[0, :, 0].tolist(), points[:, :, 1].mean(axis=0).tolist(), half)
+    return Curve(points[:, :, 0].mean(axis=0).tolist(), points[:, :, 1].mean(axis=0).tolist(), half)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -137,12 +184,38 @@ def phases(members: Group) -> dict[str, float]:
 
 
 def _settings(path: Path) -> dict[str, str]:
-    sections = yaml.safe_load(path.read_text()) if path.exists() else {}
+    sections = (strict_yaml.read(path, str(path)) or {}) if path.exists() else {}
+    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+        raise UserError(f"{path}: is no configuration of sections; give the folder of a run, as training left it")
     return {
         f"{name}.{key}": "" if value is None else str(value)
         for name, section in sections.items()
         for key, value in section.items()
     }
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        log.warning("%s: cannot be read, and is left out", path)
+    return values if isinstance(values, dict) else {}
+
+
+def _evaluations(folder: Path) -> list[Findings]:
+    stem, _, suffix = findings.FILE.partition(".")
+    found = []
+    for path in [folder / findings.FILE, *sorted(folder.glob(f"{stem}_*.{suffix}"))]:
+        if path.exists():
+            try:
+                found.append(findings.read(path))
+            except UserError as error:
+                log.warning("%s", error)
+    return found
 
 
 def _method(run: Run) -> dict[str, str]:

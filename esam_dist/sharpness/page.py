@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from esam_dist.report import chart
-from esam_dist.report.page import document, numbers
+from esam_dist.report.parts import document, numbers
 from esam_dist.report.runs import Curve
 
 Found = dict[str, Any]

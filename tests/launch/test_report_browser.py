@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from servers import ROOT, tool
 
+from esam_dist import findings
 from esam_dist.compare import page
 from esam_dist.compare.study import Method, Study
 
 sys.path.insert(0, str(ROOT / "tests/unit"))
 from test_report import write_run
+from test_report_evaluations import evaluation
 from test_study import COSTS, RESULTS, table
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -53,11 +55,13 @@ def test_browser_draws_every_curve_and_band_inside_the_page(tmp_path, site, widt
     for folder in folders:
         method, _, seed = folder.name.partition("-")
         write_run(folder, method=method, seed=int(seed), offset=0.01 * int(seed), restarts=int(seed))
+    names = ["a long name of a class", "\u4e00\u4e8c\u4e09", *"abcdefgh"]
+    findings.write(folders[0] / "evaluation.json", evaluation(names))
     report = [sys.executable, "-m", "esam_dist", "report", *map(str, folders), f"--out={tmp_path / 'report.html'}"]
     done = subprocess.run(report, check=False, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "0.9100 ± 0.0248" in done.stdout
-    assert measured(tmp_path, site, width) == "overflow false lines 16 bands 4 outside 0"
+    assert measured(tmp_path, site, width) == "overflow false lines 20 bands 6 outside 0"
 
 
 @pytest.mark.slow

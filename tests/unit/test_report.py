@@ -11,7 +11,7 @@ import yaml
 
 from esam_dist import config
 from esam_dist.errors import UserError
-from esam_dist.report import chart, page, runs
+from esam_dist.report import chart, groups, page, runs
 from esam_dist.report.command import summary
 
 
@@ -37,8 +37,8 @@ def write_run(folder, *, method="esam", seed=0, offset=0.0, restarts=0, note="x"
 
 def test_seeds_of_one_method_are_one_group_and_methods_are_told_apart(tmp_path):
     several = [write_run(tmp_path / f"{m}{s}", method=m, seed=s) for m in ("sgd", "esam") for s in (0, 1)]
-    groups = runs.group(several)
-    assert [(group.name, len(group.runs)) for group in groups] == [("sgd", 2), ("esam", 2)]
+    found = runs.group(several)
+    assert [(group.name, len(group.runs)) for group in found] == [("sgd", 2), ("esam", 2)]
 
 
 def test_interval_is_students():
@@ -58,9 +58,9 @@ def test_curve_is_the_mean_over_seeds_and_leaves_out_what_was_not_measured(tmp_p
 
 
 def test_summary_names_accuracy_with_its_interval_and_the_restarts(tmp_path):
-    groups = runs.group([write_run(tmp_path / str(s), seed=s, offset=s * 0.02, restarts=s) for s in (0, 1, 2)])
-    (row,) = page.rows(groups)
-    assert dict(zip(page.COLUMNS, row, strict=True)) == {
+    found = runs.group([write_run(tmp_path / str(s), seed=s, offset=s * 0.02, restarts=s) for s in (0, 1, 2)])
+    (row,) = groups.rows(found)
+    assert dict(zip(groups.columns(found), row, strict=True)) == {
         "Runs": "0",
         "Seeds": "0, 1, 2",
         "Best accuracy": "0.9200 ± 0.0497",
@@ -71,7 +71,7 @@ def test_summary_names_accuracy_with_its_interval_and_the_restarts(tmp_path):
         "Restarts": "2",
         "Skipped updates": "6",
     }
-    assert summary(groups).splitlines()[1].startswith("0     0, 1, 2")
+    assert summary(found).splitlines()[1].startswith("0     0, 1, 2")
 
 
 def test_page_needs_nothing_from_elsewhere_and_runs_no_script(tmp_path):
@@ -107,24 +107,27 @@ def test_what_users_write_is_shown_as_text(tmp_path):
 
 def test_settings_that_differ_stand_out(tmp_path):
     text = page.page(runs.group([write_run(tmp_path / m, method=m) for m in ("sgd", "esam")]))
-    differing = re.findall(r'<tr class="differs"><td>([^<]*)', text)
-    assert set(differing) == {"run.folder", "method.name"}
+    differing = re.findall(r'<tr class="differs"><td class="key">([^<]*)</td><td class="config">(.*?)</td>', text)
+    assert differing == [("method.name", "<span>sgd <small>sgd</small></span><span>esam <small>esam</small></span>")]
 
 
 def test_environments_are_shown_and_what_differs_stands_out(tmp_path):
     one, other = (write_run(tmp_path / name, seed=i) for i, name in enumerate(("one", "other")))
     alone = page.page(runs.group([one])).partition("<h2>Environment</h2>")[2]
     for key, value in (("versions: torch", "2.14.1"), ("git", "None"), ("command", "esam-dist a=<wbr>&lt;b&gt;")):
-        assert f'<tr><td>{key}</td><td class="config">{value}</td></tr>' in alone
+        kind = "<td><code>" if key == "command" else '<td class="config">'
+        assert f"{kind}{value}<" in alone
+        assert (f'<td class="key">{key}</td>' in alone) == (key != "command")
     both = page.page(runs.group([one, other])).partition("<h2>Environment</h2>")[2]
-    assert "The same in all runs: 4 values" in both
+    assert "Nothing differs." in both
+    assert "The same in all runs: 3 values" in both
     assert 'class="differs"' not in both
     newer = write_run(tmp_path / "newer", seed=2, torch="2.15.0")
     both = page.page(runs.group([one, newer])).partition("<h2>Environment</h2>")[2]
-    assert re.findall(r'<tr class="differs"><td>([^<]*)(.*?)</tr>', both) == [
-        ("versions: torch", '</td><td class="config">2.14.1</td><td class="config">2.15.0</td>')
+    assert re.findall(r'<tr class="differs"><td class="key">([^<]*)</td><td class="config">(.*?)</td></tr>', both) == [
+        ("versions: torch", "<span>2.14.1 <small>one</small></span><span>2.15.0 <small>newer</small></span>")
     ]
-    assert "The same in all runs: 3 values" in both
+    assert "The same in all runs: 2 values" in both
 
 
 def test_run_without_a_description_says_so(tmp_path):
@@ -138,9 +141,9 @@ def test_run_that_has_only_begun_is_reported_without_curves(tmp_path):
     folder = tmp_path / "new"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"kind": "checkpoint", "step": 0, "seconds": 0.1}\n')
-    groups = runs.group([runs.read(folder)])
-    assert "Not reported." in page.page(groups)
-    assert page.rows(groups)[0][2] == "-"
+    found = runs.group([runs.read(folder)])
+    assert "Not reported." in page.page(found)
+    assert groups.rows(found)[0][2] == "-"
 
 
 def test_folder_without_a_run_is_named(tmp_path):
