@@ -99,10 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file")
     added.add_argument("--check", action="store_true", help="only validate")
-    added = command("evaluate", _evaluate, "Score a checkpoint of a run on its validation data.")
+    added = command("evaluate", _evaluate, "Score a checkpoint of a run on its validation or test data.")
     added.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
     added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to its configuration")
     added.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
+    added.add_argument("--split", default="validation", choices=("validation", "test"), help="what to score it on")
     added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
     launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
@@ -171,7 +172,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     checkpoints = Checkpoints(args.run_folder / "checkpoints", cfg.checkpoint.keep)
     path, state = choose(checkpoints, args.checkpoint)
     ranks = Ranks.from_environment()
-    validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
+    validation = open_validation(
+        cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, split=args.split
+    )
     module = build_network(cfg, validation.num_classes, ranks.device)
     check_network(path, state, cfg, module)
     weights = state["engine"]["model"]

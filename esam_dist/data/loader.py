@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from esam_dist.data.balance import Balanced
 from esam_dist.data.dataset import Split, open_split, read_description
 from esam_dist.data.device import Batch, Finish
 from esam_dist.data.keys import DataKeys
@@ -101,10 +102,12 @@ class TrainData:
 
 
 class ValidationData:
-    """This rank's share of the validation set: over all ranks every sample exactly once."""
+    """This rank's share of the validation set, or of the split `name`: over all ranks every sample exactly once."""
 
-    def __init__(self, cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> None:
-        split = open_split(cfg.path, "validation")
+    def __init__(
+        self, cfg: DataKeys, *, rank: int, world_size: int, device: torch.device, name: str = "validation"
+    ) -> None:
+        split = open_split(cfg.path, name)
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
         ids = np.array(share(split.num_samples, rank, world_size), np.int64)
         parts = [ids[start : start + cfg.batch_size] for start in range(0, len(ids), cfg.batch_size)]
@@ -138,6 +141,8 @@ def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: 
             f"step, but {cfg.path} has {split.num_samples}; use at most {most}, or fewer ranks"
         )
     order = Order(seed, split.counts, cfg.shuffle_window, cfg.repeats)
+    if cfg.sampling == "balanced":
+        order = Balanced(seed, split.counts, cfg.shuffle_window, cfg.repeats, split.entries["label"].astype(np.int64))
 
     def raws(samples_seen: int) -> DataLoader[Any]:
         picks = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
@@ -157,10 +162,12 @@ def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: t
     return TrainData(cfg, TrainSource(raws, cfg.stream_samples, class_names), device)
 
 
-def open_validation(cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
-    """Open the validation split for one rank. Raises UserError for whatever is wrong."""
+def open_validation(
+    cfg: DataKeys, *, rank: int, world_size: int, device: torch.device, split: str = "validation"
+) -> ValidationData:
+    """Open the validation split, or another, for one rank. Raises UserError for whatever is wrong."""
     check_open_files(cfg.workers, "data.workers")
-    return ValidationData(cfg, rank=rank, world_size=world_size, device=device)
+    return ValidationData(cfg, rank=rank, world_size=world_size, device=device, name=split)
 
 
 class _Numbered:
