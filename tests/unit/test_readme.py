@@ -8,6 +8,7 @@ import pytest
 
 from docs import tables
 from esam_dist import config
+from esam_dist.run_folder import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = tables.pages()
@@ -38,6 +39,12 @@ def test_tables_are_what_is_configured_and_measured(page):
 def test_every_table_has_one_place():
     places = [found[2] for page in PAGES for found in tables.PLACE.finditer(page.read_text())]
     assert sorted(places) == sorted(tables.TABLES)
+
+
+def test_what_may_change_in_a_run_folder_is_told():
+    text = (ROOT / "docs/recover.md").read_text()
+    told = text.partition("may change: ")[2].partition("For anything else")[0]
+    assert all(f"`{key.removesuffix('.*')}`" in told for key in MAY_CHANGE)
 
 
 @pytest.mark.parametrize("words", list(overrides()))
