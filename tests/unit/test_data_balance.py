@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esam_dist.config import parse
@@ -45,6 +45,7 @@ def test_over_all_epochs_classes_and_samples_of_a_class_differ_by_one_at_most(se
     assert np.ptp([counts.sum() for counts in of_class]) <= 1
 
 
+@settings(max_examples=40)
 @given(SEEDS, LABELS, st.integers(1, 4), st.data())
 def test_the_sequence_depends_on_seed_epoch_and_position_only(seed, labels, shards, data):
     order = balanced(seed, labels, shards=shards)
