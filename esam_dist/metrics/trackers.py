@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,8 +185,6 @@ class MLflow:
 
     def open(self, run: Tracked) -> None:
         """See `Tracker`."""
-        import os
-
         # MLflow would rather have databases, and refuses folders without it.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -207,8 +207,6 @@ class MLflow:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """See `Tracker`."""
-        import time
-
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
