@@ -131,9 +131,10 @@ class Metrics:
     def _write(self, kind: str, values: dict[str, object]) -> None:
         if self._rows:
             self._rows.write(kind, values)
-        for tracker in (self._board, *self._trackers):
-            if tracker:
-                tracker.write(kind, values)
+        if self._board:
+            self._board.write(kind, values)
+        for tracker in self._trackers:
+            tracker.write(kind, values)
 
     def _push(self, gateway: str) -> None:
         from prometheus_client import push_to_gateway

@@ -234,7 +234,7 @@ def _need(package: str, key: str) -> None:
 
 
 def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    flat = []
+    flat: list[tuple[str, Any]] = []
     for key, value in values.items():
         flat += _flat(value, f"{before}{key}.") if isinstance(value, dict) else [(f"{before}{key}", value)]
     return flat

@@ -34,7 +34,7 @@ def folders(root: Path, *, validation_share: float | None, seed: int, limit: int
     if not root.is_dir():
         raise UserError(f"--from {root}: no such folder; give a folder with one folder of images per class")
     listing = Listing(root)
-    splits = _splits(listing, held_out=validation_share is not None)
+    splits = _splits(listing, holds_out=validation_share is not None)
     of_split = {split: [class_name(name) for name in listing.folders(folder)] for split, folder in splits.items()}
     class_names = sorted({name for names in of_split.values() for name in names})
     samples = {split: class_files(listing, folder, class_names, limit) for split, folder in splits.items()}
@@ -68,15 +68,15 @@ def validation_folder(root: Path) -> Path | None:
     return None if name is None else root / name
 
 
-def _splits(listing: Listing, *, held_out: bool) -> dict[str, Path]:
-    """The folder of each split; with `held_out`, `test` stands for no validation."""
+def _splits(listing: Listing, *, holds_out: bool) -> dict[str, Path]:
+    """The folder of each split; with `holds_out`, `test` stands for no validation."""
     root, names = listing.root, listing.folders(listing.root)
     if "train" not in names:
         if names and set(names) <= _SPLIT_NAMES:
             raise UserError(f"--from {root}: has {names[0]}/ but no train/; name the folder of training images so")
         return {"train": root}
     found: dict[str, Path | None] = {"train": root / "train"}
-    if not (held_out and set(names).isdisjoint(set(VALIDATION_NAMES) - {TEST})):
+    if not (holds_out and set(names).isdisjoint(set(VALIDATION_NAMES) - {TEST})):
         found["validation"] = validation_folder(root)
     if TEST in names and root / TEST not in found.values():
         found[TEST] = root / TEST
@@ -103,7 +103,7 @@ def _say_what_lacks(
             )
 
 
-def _divided(samples: Samples, share: float, seed: int) -> dict[str, Samples]:
+def _divided(samples: Samples, share: float, seed: int) -> dict[str, list[tuple[int, Span]]]:
     parts = held_out([label for label, _ in samples], share, seed)
     return {split: [samples[i] for i in ids] for split, ids in parts.items()}
 
