@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check test-slow bench bench-full tables clean
+.PHONY: train test check test-slow bench bench-full tables docs clean
 
 # ESAM on handwritten digits, on two ranks: continues where it was stopped; `rm -r runs/digits_esam` starts anew.
 train: .venv/installed data/digits/dataset.json
@@ -32,15 +32,23 @@ bench-full: .venv/installed data/digits/dataset.json
 tables: .venv/installed
 	$(BIN)/python -m docs.tables
 
+# The documentation as a site, in site/; a link or an anchor that leads nowhere is an error.
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build --strict
+
 # All but the data and the runs.
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps imagecorruptions-imaug
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 data/digits/dataset.json: | .venv/installed

@@ -73,6 +73,11 @@ def _metrics(config: Config) -> Faults:
             "metrics.gateway: holds a password, which config.yaml would keep; let the network protect the gateway",
         ),
         (
+            "@" in config.metrics.mlflow,  # likewise
+            "metrics.mlflow: holds a password, which config.yaml would keep; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD instead",
+        ),
+        (
             bool(gateway) and not _is_http(gateway),
             f"metrics.gateway = {shown(gateway)} is no address; give http://HOST:9091",
         ),

@@ -20,6 +20,9 @@ from esam_dist.errors import UserError
 
 DESCRIPTION = "dataset.json"
 SPLITS = ("train", "validation")
+"""What every dataset has."""
+TEST = "test"
+"""A split that some have: never trained on, and no checkpoint is chosen by it."""
 _OPEN_FILES = 64
 
 
@@ -155,6 +158,11 @@ def open_split(root: Path, name: str) -> Split:
     """Open the split `name` of the dataset at `root`, checking every shard against its index. Raises UserError."""
     description = read_description(root)
     listed = description.splits.get(name)
+    if listed is None and name == TEST:
+        raise UserError(
+            f"data.path = {root}: has no split {name!r}; prepare a folder that has {name}/ beside train/ and val/, or "
+            "score the validation split"
+        )
     if listed is None or not listed.shards:
         raise UserError(f"data.path = {root}: {DESCRIPTION} lists no shards for the split {name!r}; prepare it again")
     _check_listed(root, listed.shards)

@@ -164,7 +164,9 @@ def _pillow() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise SampleError("too_large", str(error)) from None
     except Exception as error:
-        raise SampleError("undecodable", str(error) or type(error).__name__) from None
+        # Pillow's words end with where the bytes lie in memory.
+        told = str(error).partition(" <_io.BytesIO")[0]
+        raise SampleError("undecodable", told or type(error).__name__) from None
 
 
 def _check_size(width: int, height: int, num_bytes: int) -> None:

@@ -53,6 +53,8 @@ class DataKeys(Section):
     """Red, green and blue are divided by it, in units of the full range."""
     shuffle_window: Count = 16
     """Samples are shuffled within this many shards, themselves in shuffled order."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """`uniform`: every sample once in an epoch; `balanced`: every class equally often, for classes of uneven sizes."""
     stream: str = ""
     """Training shards to draw from instead, for ever: `pipe:`, `http(s)://`, `s3://` with braces, `{000..146}`."""
     stream_samples: Annotated[int, Field(ge=0)] = 0
@@ -70,6 +72,11 @@ class DataKeys(Section):
         given = self.progressive
         epochs, sizes = [epoch for epoch, _ in given], [size for _, size in given]
         return [
+            (
+                bool(self.stream) and self.sampling != "uniform",
+                f"data.sampling = {self.sampling}: the classes of data.stream are not known before its shards come; "
+                "copy the shards and read them by data.path, or leave data.sampling out",
+            ),
             (
                 any(size < 1 or size != int(size) for size in sizes),
                 f"data.progressive = {given}: a size is a whole number of pixels; write [[epoch, size], ...]",

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from esam_dist.data.balance import Balanced
 from esam_dist.data.dataset import Split, open_split, read_description
 from esam_dist.data.device import Batch, Finish
 from esam_dist.data.keys import DataKeys
@@ -164,6 +165,8 @@ def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: 
             f"step, but {cfg.path} has {split.num_samples}; use at most {most}, or fewer ranks"
         )
     order = Order(seed, split.counts, cfg.shuffle_window, cfg.repeats)
+    if cfg.sampling == "balanced":
+        order = Balanced(seed, split.counts, cfg.shuffle_window, cfg.repeats, split.entries["label"].astype(np.int64))
 
     def raws(samples_seen: int) -> DataLoader[Any]:
         picks = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
@@ -183,11 +186,13 @@ def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: t
     return TrainData(cfg, TrainSource(raws, cfg.stream_samples, class_names), device)
 
 
-def open_validation(cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> ValidationData:
-    """Open the validation split for one rank. Raises UserError for whatever is wrong."""
+def open_validation(
+    cfg: DataKeys, *, rank: int, world_size: int, device: torch.device, split: str = "validation"
+) -> ValidationData:
+    """Open the validation split, or another, for one rank. Raises UserError for whatever is wrong."""
     check_open_files(cfg.workers, "data.workers")
-    split = open_split(cfg.path, "validation")
-    return ValidationData(cfg, split, np.arange(split.num_samples), Ranks(rank, 0, world_size, device))
+    opened = open_split(cfg.path, split)
+    return ValidationData(cfg, opened, np.arange(opened.num_samples), Ranks(rank, 0, world_size, device))
 
 
 def open_samples(cfg: DataKeys, ranks: Ranks, *, split: str, most: int) -> ValidationData:

@@ -33,6 +33,13 @@ class Picks(NamedTuple):
     """The epoch in which the global batch begins: the same on all ranks."""
 
 
+class Drawn(NamedTuple):
+    """The samples of one epoch in order, and numbers that tell the draws of one sample apart."""
+
+    ids: Ids  # [N]
+    turns: Ids  # [N]
+
+
 def mix(*parts: int | Ids) -> Keys:
     """Hash integers to 64 well mixed bits, elementwise: splitmix64's finaliser, chained over `parts`.
 
@@ -53,12 +60,22 @@ def permutation(seed: int, epoch: int, counts: Sequence[int], window: int) -> Id
 
     `counts` holds the number of samples of each shard; ids count through the shards in their given order.
     """
+    num_samples = int(sum(counts))
+    return shuffled(seed, epoch, np.arange(num_samples), windows(seed, epoch, counts, window))
+
+
+def windows(seed: int, epoch: int, counts: Sequence[int], window: int) -> Ids:
+    """The window of each sample [N] in one epoch: that many shards in a row, once shards are shuffled."""
     shard_order = np.argsort(mix(seed, epoch, _SHARDS, np.arange(len(counts))))
     place = np.empty(len(counts), np.int64)
     place[shard_order] = np.arange(len(counts))
-    window_of_sample = np.repeat(place // window, np.asarray(counts, np.int64))
-    keys = mix(seed, epoch, _SAMPLES, np.arange(len(window_of_sample)))
-    return np.lexsort((keys, window_of_sample)).astype(np.int64)
+    return np.repeat(place // window, np.asarray(counts, np.int64))
+
+
+def shuffled(seed: int, epoch: int, ids: Ids, window_of_sample: Ids) -> Ids:
+    """The order in which the draws `ids` are read, as places in it: by window, and shuffled within each."""
+    keys = mix(seed, epoch, _SAMPLES, np.arange(len(ids)))
+    return np.lexsort((keys, window_of_sample[ids])).astype(np.int64)
 
 
 @dataclass
@@ -75,17 +92,18 @@ class Order:
 
     def __post_init__(self) -> None:
         self.num_samples = int(sum(self.counts))
-        self._cache: dict[int, Ids] = {}
+        self._cache: dict[int, Drawn] = {}
 
     def picks(self, start: int, count: int) -> Picks:
         """The samples at global positions `start` to `start + count`."""
         positions, repeat = np.divmod(np.arange(start, start + count, dtype=np.int64), self.repeats)
         epochs, offsets = np.divmod(positions, self.num_samples)
-        ids = np.empty_like(offsets)
+        ids, turns = np.empty_like(offsets), np.empty_like(offsets)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            ids[here] = self._epoch(int(epoch))[offsets[here]]
-        return Picks(ids, epochs, mix(self.seed, _AUGMENT, epochs, ids, repeat), start // self.num_samples)
+            here, drawn = epochs == epoch, self._epoch(int(epoch))
+            ids[here], turns[here] = drawn.ids[offsets[here]], drawn.turns[offsets[here]]
+        views = mix(self.seed, _AUGMENT, epochs, ids, repeat + self.repeats * turns)
+        return Picks(ids, epochs, views, start // self.num_samples)
 
     def batches(self, samples_seen: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[Picks]:
         """This rank's slice of every global batch from position `samples_seen` on, endless."""
@@ -95,12 +113,16 @@ class Order:
             yield picks._replace(step_epoch=start // self.num_samples)
             start += world_size * batch_size
 
-    def _epoch(self, epoch: int) -> Ids:
+    def draw(self, epoch: int) -> Drawn:
+        """The samples of one epoch, in order."""
+        return Drawn(permutation(self.seed, epoch, self.counts, self.window), np.broadcast_to(0, self.num_samples))
+
+    def _epoch(self, epoch: int) -> Drawn:
         if epoch not in self._cache:
             # A batch straddles at most an epoch's end: the latest two suffice.
             while len(self._cache) >= 2:
                 del self._cache[min(self._cache)]
-            self._cache[epoch] = permutation(self.seed, epoch, self.counts, self.window)
+            self._cache[epoch] = self.draw(epoch)
         return self._cache[epoch]
 
 

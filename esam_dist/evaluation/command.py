@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
     parser.add_argument("--checkpoint", default="best", help="best (default), newest, a step's name or number, a path")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="another prepared dataset with classes of the run")
+    parser.add_argument("--split", default="validation", choices=("validation", "test"), help="whose images to score")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file (default: evaluation.json in RUN)")
     parser.add_argument("--worst", type=int, default=20, metavar="N", help="mistakes to list (default: 20)")
     parser.add_argument(
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     path, state = choose(Checkpoints(args.run_folder / "checkpoints", cfg.checkpoint.keep), args.checkpoint)
     names = run_classes(cfg, state)
     data_cfg = cfg.data if args.data is None else cfg.data.model_copy(update={"path": args.data})
-    data = _open(data_cfg, ranks)
+    data = _open(data_cfg, ranks, args.split)
     outputs = places(data.split.class_names, names, data_cfg.path)
     module = build_network(cfg, len(names), ranks.device)
     check_network(path, state, cfg, module)
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     del state
     with joined(cfg.engine.collective_timeout_seconds) as ranks:
         found = predict(module, data, outputs, ranks)
-        scores = [_corrupted(module, data_cfg, corruption, (outputs, ranks)) for corruption in corruptions]
+        scores = [_corrupted(module, data_cfg, corruption, (outputs, args.split, ranks)) for corruption in corruptions]
     if ranks.is_first:
         written = _findings(found, data, data_cfg, output_names(names, cfg.model.num_classes or len(names)), args.worst)
         about = {"checkpoint": str(path), "averaged": args.averaged, "data": str(data_cfg.path)}
@@ -85,28 +86,30 @@ def _configuration(args: argparse.Namespace) -> config.Config:
 
 
 def _output(args: argparse.Namespace, ranks: Ranks) -> Path:
-    """Where to write: what is found of other data does not take the place of what was found of the run's own."""
+    """Where to write: what is found of other images does not take the place of what was found of the run's own."""
     if args.output is not None:
         out: Path = args.output
     else:
         stem, suffix = findings.FILE.split(".")
-        out = args.run_folder / (findings.FILE if args.data is None else f"{stem}_{args.data.resolve().name}.{suffix}")
+        others = [] if args.data is None else [args.data.resolve().name]
+        others += [] if args.split == "validation" else [args.split]
+        out = args.run_folder / f"{'_'.join([stem, *others])}.{suffix}"
     # Sooner said than after an hour.
     if ranks.is_first and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise UserError(f"{out}: cannot be written; give another file (--output FILE)")
     return out
 
 
-def _open(cfg: DataKeys, ranks: Ranks) -> ValidationData:
-    return open_validation(cfg, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
+def _open(cfg: DataKeys, ranks: Ranks, split: str) -> ValidationData:
+    return open_validation(cfg, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, split=split)
 
 
 def _corrupted(
-    module: nn.Module, cfg: DataKeys, corruption: Corruption, over: tuple[list[int], Ranks]
+    module: nn.Module, cfg: DataKeys, corruption: Corruption, over: tuple[list[int], str, Ranks]
 ) -> CorruptionScore:
-    """Accuracy on images that are corrupted in one way; `over` are the outputs of the data's classes, and the ranks."""
-    outputs, ranks = over
-    data = _open(cfg, ranks)
+    """Accuracy on images that are corrupted in one way; `over`: outputs of the classes, the split, the ranks."""
+    outputs, split, ranks = over
+    data = _open(cfg, ranks, split)
     data.change_by(corruption)
     found = predict(module, data, outputs, ranks)
     score = CorruptionScore(

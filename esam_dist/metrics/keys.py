@@ -18,6 +18,12 @@ class MetricsKeys(Section):
     """Address the endpoint listens on."""
     tensorboard: bool = False
     """Also write TensorBoard events (extra `tensorboard`)."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases (extra `wandb`): `offline` writes RUN/wandb, for `wandb sync`; `online` sends at once."""
+    mlflow: str = ""
+    """MLflow (extra `mlflow`): the tracking URI, such as `file:mlruns` or `http://host:5000`; empty: off."""
+    project: str = "esam-dist"
+    """Project of Weights & Biases, experiment of MLflow."""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """Progress on rank 0: a bar on a terminal, log lines elsewhere."""
     stall_seconds: NonNegative = 600.0

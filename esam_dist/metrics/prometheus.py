@@ -56,6 +56,7 @@ COUNTERS = {
     "esam_skipped_perturbations_total": "Updates without perturbation, because the ascent gradient was not finite.",
     "esam_skipped_updates_total": "Updates that were skipped, because the averaged gradient was not finite.",
     "esam_checkpoint_failures_total": "Checkpoints that could not be written.",
+    "esam_tracker_failures_total": "Rows that TensorBoard, Weights & Biases or MLflow did not take.",
 }
 HISTORY = {
     "esam_restarts_total": "Starts of this run after the first.",
@@ -153,6 +154,10 @@ class Exposition(Collector):
     def checkpoint_failed(self) -> None:
         """Count a checkpoint that could not be written."""
         self._counters["esam_checkpoint_failures_total"].inc()
+
+    def tracker_failed(self) -> None:
+        """Count a row that a tracker did not take."""
+        self._counters["esam_tracker_failures_total"].inc()
 
     def observe(self, phase: str, seconds: float) -> None:
         """Add one duration to the histogram of phases."""

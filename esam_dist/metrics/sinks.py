@@ -17,6 +17,7 @@ from esam_dist.metrics.health import Pulse, Server
 from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.metrics.prometheus import Exposition
 from esam_dist.metrics.rows import TrainRow, ValidationRow
+from esam_dist.metrics.trackers import DONE, FAILED, STOPPED, Behind, Tracked, open_trackers
 from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks
 
@@ -27,10 +28,10 @@ PUSHED_JOB = "esam_pushed"
 
 
 class Metrics:
-    """Every sink of one rank: Prometheus on each rank; metrics.jsonl, TensorBoard and the console on rank 0.
+    """Every sink of one rank: Prometheus on each rank; metrics.jsonl, trackers and the console on rank 0.
 
     `progress` is where the run stands. Other ranks than 0 learn it when the ranks have met, and then call `take_up`.
-    Raises UserError when the endpoint's address is taken or TensorBoard is missing.
+    Raises UserError when the endpoint's address is taken or a tracker's package is missing.
     """
 
     def __init__(
@@ -45,8 +46,15 @@ class Metrics:
             self.take_up(progress)
         self.pulse = Pulse(cfg.stall_seconds)
         self._server = Server(self.registry, self.pulse, cfg.bind, cfg.port + ranks.local_rank) if cfg.port else None
-        self._board = TensorBoard(folder) if cfg.tensorboard and ranks.is_first else None
+        failed = self._prometheus.tracker_failed
+        self._board = TensorBoard(folder, failed) if cfg.tensorboard and ranks.is_first else None
         self._rows = jsonl.JsonLines(folder) if ranks.is_first else None
+        self._trackers: list[Behind] = []
+        if ranks.is_first and progress is not None:
+            goes_on = progress.step > 0 or progress.restarts > 0
+            self._trackers = open_trackers(cfg, Tracked(folder, run_info, goes_on), failed)
+        self._planned = progress.planned_steps if progress is not None else 0
+        self._is_lost = False
         self._console: ProgressBar | LogLines | None = None
         if ranks.is_first and progress is not None:
             total = progress.planned_steps
@@ -101,6 +109,7 @@ class Metrics:
 
     def not_finite(self) -> None:
         """Report that the run ends because the loss, or too many gradients in a row, were not finite."""
+        self._is_lost = True
         self._prometheus.not_finite()
 
     def checkpoint_failed(self, step: int) -> None:
@@ -115,7 +124,11 @@ class Metrics:
             for sink in (self._server, self._console, self._board, self._rows):
                 if sink:
                     stack.callback(sink.close)
+            status = FAILED if self._is_lost else DONE if self.pulse.step >= self._planned else STOPPED
+            for tracker in self._trackers:
+                stack.callback(tracker.close, status)
             self._rows = self._board = self._console = self._server = None
+            self._trackers = []
             if self._cfg.gateway:
                 self._push(self._cfg.gateway)
 
@@ -124,6 +137,8 @@ class Metrics:
             self._rows.write(kind, values)
         if self._board:
             self._board.write(kind, values)
+        for tracker in self._trackers:
+            tracker.write(kind, values)
 
     def _push(self, gateway: str) -> None:
         from prometheus_client import push_to_gateway

@@ -95,11 +95,11 @@ def test_labels_number_the_classes_of_both_splits(tmp_path, caplog, train, val, 
     assert told in caplog.text
 
 
-def test_a_test_folder_beside_train_and_val_is_said_not_to_be_used(tmp_path, caplog):
-    root = split_folders(tmp_path / "in", train="ab", val="ab", test="abc", extra="d")
+def test_folders_beside_those_of_the_splits_are_said_not_to_be_used(tmp_path, caplog):
+    root = split_folders(tmp_path / "in", train="ab", val="ab", extra="d")
     run("folder", tmp_path / "out", "--from", root, "--workers", 0)
     check(tmp_path / "out", {"train": [2, 2], "validation": [2, 2]})
-    assert said(caplog, "not used") == f"{root}: extra/, test/ not used, only train/ and val/"
+    assert said(caplog, "not used") == f"{root}: extra/ not used, only train/ and val/"
 
 
 def test_a_test_folder_that_becomes_the_validation_is_said_to(tmp_path, caplog):

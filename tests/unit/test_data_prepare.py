@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,9 @@ def test_bad_images_are_left_out_named_and_counted(folders, tmp_path, caplog, op
     assert sum(split["left_out"] for split in splits.values()) == 3
     assert [sum(split["class_counts"][label] for split in splits.values()) for label in range(3)] == [20, 20, 18]
     said = sorted(record.getMessage() for record in caplog.records if "left out" in record.getMessage())
+    sums = [line for line in said if line.startswith(str(tmp_path))]
+    assert sum(int(re.search(r"out: (\d) of \d+ images of \w+ were left out", line)[1]) for line in sums) == 3
+    said = [line for line in said if line not in sums]
     assert len(said) == 3
     assert said[0].startswith(rf"left out {folders}/bee/\n7.png (undecodable: ")
     assert said[1] == f"left out {folders}/cat/5.JPEG (empty)"

@@ -12,7 +12,7 @@ from esam_dist.data.prepare.arrays import cifar, fashion_mnist
 from esam_dist.data.prepare.digits import Digits
 from esam_dist.data.prepare.encode import JPEGTRAN, Encoding
 from esam_dist.data.prepare.existing import index_existing
-from esam_dist.data.prepare.folders import folders
+from esam_dist.data.prepare.folders import folders, has_class_folders
 from esam_dist.data.prepare.imagenet import imagenet
 from esam_dist.data.prepare.source import Source
 from esam_dist.data.prepare.verify import verify
@@ -25,7 +25,7 @@ SOURCES = {
     "cifar10": "python batches: --from their folder or .tar.gz",
     "cifar100": "python batches: --from their folder or .tar.gz",
     "imagenet": "--from the folder of ILSVRC2012_img_train.tar, _img_val.tar and the devkit, or of train/ and val/",
-    "folder": "--from a folder with one folder of images per class, or with train/ and val/ of such",
+    "folder": "--from a folder with one folder of images per class, or with train/, val/, test/ of such",
     "index": "index shards that another program wrote to OUT/train/*.tar and OUT/validation/*.tar",
     "verify": "check OUT: counts, checksums, labels, decodability",
 }
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"rewrite JPEGs ({JPEGTRAN}; no pixel changes), so that only what is cropped need be decoded",
     )
-    parser.add_argument("--validation-share", type=float, default=0.1, metavar="SHARE", help="held out of a `folder`")
+    parser.add_argument("--validation-share", type=float, metavar="SHARE", help="held out of a `folder` (default: 0.1)")
     parser.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1024 (digits: 360)")
     parser.add_argument("--num-classes", type=int, metavar="K", help="of `index`, if some class has no sample there")
     parser.add_argument("--limit-per-class", type=int, metavar="N", help="of a `folder`: a subset (docs/data.md)")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         per_shard = args.samples_per_shard or (360 if args.source == "digits" else 1024)
         plan = Plan(args.seed, per_shard, Encoding(args.short_side or 0, args.quality, args.restart_markers))
-        write_dataset(_source(args), args.out, plan, workers=args.workers)
+        write_dataset(_source_or_hint(args), args.out, plan, workers=args.workers)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -97,8 +97,19 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} is for `prepare {source}` only; leave it out")
     if args.seed < 0 or args.workers < 0:
         raise UserError("--seed and --workers must not be negative; give 0 or more")
-    if not 0.0 < args.validation_share < 1.0:
+    if args.validation_share is not None and not 0.0 < args.validation_share < 1.0:
         raise UserError(f"--validation-share {args.validation_share:g} is out of range; give a share between 0 and 1")
+
+
+def _source_or_hint(args: argparse.Namespace) -> Source:
+    """The source; `prepare folder` is named where it is what was meant."""
+    try:
+        return _source(args)
+    except UserError as error:
+        if args.source == "folder" or args.origin is None or not has_class_folders(args.origin):
+            raise
+        meant = f"prepare folder {args.out} --from {args.origin}"
+        raise UserError(f"{error}; or, as it has folders of images: `esam-dist {meant}`") from None
 
 
 def _source(args: argparse.Namespace) -> Source:

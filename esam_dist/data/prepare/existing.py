@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from esam_dist.checksum import sha256
-from esam_dist.data.dataset import DESCRIPTION, SPLITS, is_file_name
+from esam_dist.data.dataset import DESCRIPTION, SPLITS, TEST, is_file_name
 from esam_dist.data.decode import RESOURCE_FORK, SUFFIXES
 from esam_dist.data.open_files import open_regular
 from esam_dist.data.prepare.write import list_split, write_description
@@ -23,7 +23,7 @@ _REMEDY = "write the shard again"
 
 
 def index_existing(out: Path, num_classes: int | None = None) -> None:
-    """Index the tars in `out/train` and `out/validation`, and describe them in `out/dataset.json`.
+    """Index the tars in `out/train`, `out/validation` and, if it has any, `out/test`; describe them in `dataset.json`.
 
     Each sample is an image member and a `.cls` member with the same key. Raises UserError, naming shard and member,
     for a tar that is cut short, a key that is there twice or unsafe, and a label that is missing or no number. Labels
@@ -32,8 +32,10 @@ def index_existing(out: Path, num_classes: int | None = None) -> None:
     if (out / DESCRIPTION).exists():
         raise UserError(f"OUT = {out}: has a {DESCRIPTION} already; delete it to index the shards anew")
     found: dict[str, list[tuple[Path, ShardInfo, Entries]]] = {}
-    for split in SPLITS:
+    for split in (*SPLITS, TEST):
         shards = sorted((out / split).glob("*.tar"))
+        if not shards and split == TEST:
+            continue
         if not shards:
             raise UserError(f"OUT = {out}: has no shards {split}/*.tar; put the shards of both splits there")
         for shard in shards:

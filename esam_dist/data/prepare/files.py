@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -69,8 +70,13 @@ def class_files(
     Raises UserError when there are none, also of one class, or `folder` has a class that is none of `class_names`.
     """
     found = listing.folders(folder)
-    if unknown := set(found) - set(class_names):
+    names = [class_name(name) for name in found]
+    if unknown := set(names) - set(class_names):
         raise UserError(f"--from {folder}: has the class {min(unknown)!r}, which training has not; rename or remove it")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"--from {folder}: has two folders {twice[0]!r}, whose letters are composed otherwise; put them together"
+        )
     labels = {name: label for label, name in enumerate(class_names)}
     samples = []
     for name in found:
@@ -79,10 +85,15 @@ def class_files(
             raise UserError(
                 f"--from {folder}: the class folder {name!r} holds no images; put images there, or remove it"
             )
-        samples += [(labels[name], _span(path)) for path in _limited(images, folder, limit)]
+        samples += [(labels[class_name(name)], _span(path)) for path in _limited(images, folder, limit)]
     if not samples:
         raise UserError(f"--from {folder}: holds no folders with images; give a folder with one folder per class")
     return samples
+
+
+def class_name(folder: str) -> str:
+    """The class of a folder: macOS writes letters with accents in two parts, others in one, and they are the same."""
+    return unicodedata.normalize("NFC", folder)
 
 
 def _limited(images: Sequence[Path], folder: Path, limit: int | None) -> Sequence[Path]:

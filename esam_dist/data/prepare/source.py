@@ -47,13 +47,16 @@ class Source(Protocol):
 
 
 def held_out(labels: Sequence[int], share: float, seed: int) -> dict[str, Ids]:
-    """Divide samples into `train` and `validation`: the same share of every class, drawn by the seed."""
+    """Divide samples into `train` and `validation`: the same share of every class, drawn by the seed.
+
+    At least one sample of each class stays in training.
+    """
     array = np.asarray(labels)
     kept = np.ones(len(array), np.bool_)
     for label in np.unique(array):
         ids = np.flatnonzero(array == label)
         shuffled = ids[np.argsort(mix(seed, _SPLIT, ids))]
-        kept[shuffled[: round(len(ids) * share)]] = False
+        kept[shuffled[: min(round(len(ids) * share), len(ids) - 1)]] = False
     return {"train": np.flatnonzero(kept), "validation": np.flatnonzero(~kept)}
 
 

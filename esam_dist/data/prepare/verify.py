@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from esam_dist.checksum import sha256
-from esam_dist.data.dataset import SPLITS, SampleError, Split, open_split
+from esam_dist.data.dataset import SPLITS, Description, SampleError, Split, open_split, read_description
 from esam_dist.data.decode import check_image
 from esam_dist.data.prepare.existing import scan_shard
 from esam_dist.data.prepare.processes import results
@@ -22,7 +22,8 @@ _SAID = 20
 def verify(root: Path, *, workers: int = 0) -> int:
     """Check everything; returns the number of samples. Raises UserError that counts and names what is wrong."""
     total, faults = 0, []
-    for name in SPLITS:
+    description = read_description(root)
+    for name in (*SPLITS, *(name for name in description.splits if name not in SPLITS)):
         split = open_split(root, name)
         total += split.num_samples
         for found in results(partial(shard_faults, split), range(len(split.shards)), workers):
@@ -31,10 +32,17 @@ def verify(root: Path, *, workers: int = 0) -> int:
         log.warning("%s", fault)
     if faults:
         raise UserError(
-            f"{root}: {len(faults)} faults in {total} samples, the first: {faults[0]}; prepare the data again"
+            f"{root}: {len(faults)} faults in {total} samples, the first: {faults[0]}; {_remedy(root, description)}"
         )
     log.info("%s: %d samples verified", root, total)
     return total
+
+
+def _remedy(root: Path, description: Description) -> str:
+    if not description.plan:
+        return "write these shards again, without what is named, and index them anew"
+    # What is finished is kept, so that to prepare again into the same folder would change nothing.
+    return f"delete {root} and prepare the data again: images that cannot be decoded are left out, and named"
 
 
 def shard_faults(split: Split, number: int) -> list[str]:

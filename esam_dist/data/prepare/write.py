@@ -140,6 +140,10 @@ def _describe(source: Source, out: Path, jobs: list[ShardJob], fingerprint: dict
         parts = [(job.path(out), *read_index(job.path(out))) for job in own]
         left_out = sum(len(job.samples) for job in own) - sum(info.samples for _, info, _ in parts)
         splits[split] = list_split(parts, len(source.class_names), left_out=left_out)
+        if left_out:
+            log.warning(
+                "%s: %d of %d images of %s were left out", out, left_out, sum(len(job.samples) for job in own), split
+            )
     write_description(out, source.name, list(source.class_names), splits, fingerprint)
 
 
