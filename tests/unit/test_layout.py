@@ -14,14 +14,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only from lower floors, files of one folder also from each other (docs/architecture.md).
 FLOORS = [
     {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness", "flops"},
-    {"ranks", "section", "skips"},
+    {"ranks", "section", "skips", "layers"},
     {"step", "run_keys", "train_keys", "checkpoint_keys"},
-    {"methods"},
+    {"methods", "losses"},
     {"models", "checkpoint", "data", "metrics", "engine", "lock"},
     {"config"},
     {"run_folder", "launch", "network"},
     {"sharpness_aware", "evaluate", "report", "resume"},
-    {"window"},
+    {"window", "pretrained"},
     {"train"},
     {"compare"},
     {"cli"},
