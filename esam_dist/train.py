@@ -9,15 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn import functional as F
-
 from esam_dist import config
 from esam_dist.averaging import WeightAverage, recompute_batchnorm
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import Batch, TrainData, ValidationData
 from esam_dist.errors import CheckpointNotWrittenError, LossNotFiniteError, UserError
 from esam_dist.evaluate import Evaluation, evaluate
+from esam_dist.losses import build_loss
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
 from esam_dist.progress import Progress
 from esam_dist.schedule import LearningRate
@@ -44,17 +42,6 @@ class Training:
     """Of the weights, validated beside them."""
 
 
-@dataclass(frozen=True)
-class CrossEntropy:
-    """The loss of each sample, [B], from logits [B, K] and classes [B] or shares of classes [B, K]."""
-
-    label_smoothing: float
-
-    def __call__(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
-        return F.cross_entropy(logits_BK, labels, reduction="none", label_smoothing=self.label_smoothing)
-
-
 def train(run: Training) -> bool:
     """Train until the configuration's end, moving `run.progress` along; True when it was reached, False when stopped.
 
@@ -67,17 +54,24 @@ def train(run: Training) -> bool:
     last_step = final_step(cfg, progress, num_samples, samples_per_step)
     if progress.step >= last_step and trainer.ranks.is_first:
         logger.info("step %d was the last: nothing is left to do; for more, raise train.epochs", progress.step)
+    rate = learning_rate(cfg, num_samples, samples_per_step)
+    if cfg.optim.lr_per_256 and trainer.ranks.is_first:
+        logger.info(
+            "optim.lr_per_256 = %g and %d images per update: the peak learning rate is %g",
+            *(cfg.optim.lr_per_256, samples_per_step, rate.peak),
+        )
+    loss = build_loss(cfg.train, run.data.class_counts, trainer.ranks.device)
     batches = Ahead(run.data.batches(progress.samples))
     window = Window(cfg, trainer, run.data, progress, run.stop_requested)
     trainer.engine.module.train()
     while progress.step < last_step:
         epoch = progress.samples / num_samples
-        moment, lr = Moment(progress.step, epoch, epoch / cfg.train.epochs), learning_rate_at(epoch, cfg)
+        moment, lr = Moment(progress.step, epoch, epoch / cfg.train.epochs), rate(epoch)
         for _ in range(cfg.train.accumulate):
             trainer.clock.start()
             batch = next(batches)
             trainer.clock.end("data")
-            window.add(micro_batch(trainer, batch, cfg, moment, lr))
+            window.add(trainer.step(batch.images, batch.labels, loss, moment=moment, lr=lr))
         progress.step += 1
         progress.samples += samples_per_step
         progress.sharp_updates += cfg.method.is_sharp(moment)
@@ -126,9 +120,8 @@ class Ahead(Iterator[Batch]):
 
 
 def micro_batch(trainer: SharpnessAware, batch: Batch, cfg: config.Config, moment: Moment, lr: float) -> StepStats:
-    """One micro-batch of images, as the configuration has it."""
-    loss = CrossEntropy(cfg.train.label_smoothing)
-    return trainer.step(batch.images, batch.labels, loss, moment=moment, lr=lr)
+    """One micro-batch of images, as the configuration has it, but for weights of classes."""
+    return trainer.step(batch.images, batch.labels, build_loss(cfg.train), moment=moment, lr=lr)
 
 
 def final_step(cfg: config.Config, progress: Progress, num_samples: int, samples_per_step: int) -> int:
@@ -143,13 +136,14 @@ def is_passed(every: int, before: int, now: int) -> bool:
     return now // every > before // every
 
 
-def learning_rate_at(epoch: float, cfg: config.Config) -> float:
-    """The rate of the update that begins at `epoch`."""
+def learning_rate(cfg: config.Config, num_samples: int, samples_per_step: int) -> LearningRate:
+    """The rate by epoch, for updates of so many samples over all ranks."""
     optim = cfg.optim
-    rate = LearningRate(
-        optim.lr, cfg.train.epochs, optim.schedule, optim.warmup_epochs, optim.step_epochs, optim.step_factor
+    peak = optim.lr_per_256 * samples_per_step / 256 if optim.lr_per_256 else optim.lr
+    return LearningRate(
+        *(peak, cfg.train.epochs, optim.schedule, optim.warmup_epochs, optim.step_epochs, optim.step_factor),
+        update_epochs=samples_per_step / num_samples,
     )
-    return rate(epoch)
 
 
 def _check_finite(run: Training, row: TrainRow, window: Window) -> None:
