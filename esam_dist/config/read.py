@@ -209,7 +209,7 @@ def _nearest(where: str) -> list[str]:
     own = [key for key in known if key.startswith(f"{section}.")]
     others = [key for key in known if key.partition(".")[2] == name]
     alike = difflib.get_close_matches(name, [key.partition(".")[2] for key in own], n=3, cutoff=0.6)
-    return others + [f"{section}.{other}" for other in alike] or own or known[:3]
+    return others + [f"{section}.{other}" for other in alike] or own[:8] or known[:3]
 
 
 REPLACED = {
