@@ -137,12 +137,14 @@ def recompute_batchnorm(module: nn.Module, batches: Iterable[Tensor], ranks: Sum
     1803.05407). Each is the mean over the batches of all ranks, which may differ in number and size, with
     equal weight for every image. Only BatchNorm is in training mode, so that nothing random is drawn and dropout is off
     as in validation. Called by all ranks together: one all-reduce. Returns the images seen on all ranks; with none, or
-    without BatchNorm, nothing changes (and without it, no batch is taken).
+    without BatchNorm, nothing changes (and without it, no batch is taken). A layer that a training module holds in
+    evaluation mode, as frozen ones are, keeps its statistics.
     """
     norms = [
         child
         for child in module.modules()
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.running_mean is not None
+        if child.training or not module.training
     ]
     buffers = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
     if not norms:

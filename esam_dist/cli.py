@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from esam_dist import __version__, compare, config, evaluation, launch, report, sharpness, ship
+from esam_dist import __version__, compare, config, evaluation, launch, pretrained, report, sharpness, ship
 from esam_dist.averaging import WeightAverage
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
@@ -25,7 +25,7 @@ from esam_dist.engine import MicroBatches, build_engine
 from esam_dist.errors import LossNotFiniteError, UserError
 from esam_dist.lock import locked
 from esam_dist.metrics import Metrics, rewind
-from esam_dist.network import build_network
+from esam_dist.network import build_network, prepare_training
 from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks, joined
 from esam_dist.resume import find_state
@@ -126,16 +126,21 @@ def _train(args: argparse.Namespace) -> int:
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     validation = open_validation(cfg.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
     module = build_network(cfg, data.num_classes, ranks.device)
+    prepare_training(cfg, module, ranks)
     card = ship.describe(cfg, cfg.model.num_classes or data.num_classes)
     with locked(cfg.run.folder, ranks) as check_owner:
         folder = open_run_folder(cfg, ranks)
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, check_owner)
         saved = find_state(cfg, checkpoints, module) if ranks.is_first else None
+        if cfg.model.weights and ranks.is_first and saved is None:
+            pretrained.begin(cfg, module.network)
         progress = _progress(cfg, saved, read_history(folder), data) if ranks.is_first else None
         with (
             closing(_open_metrics(cfg, ranks, folder, progress)) as metrics,
             joined(cfg.engine.collective_timeout_seconds),
         ):
+            if cfg.model.weights:
+                ranks.take_from_first(module)
             batches = MicroBatches.of(cfg.data.batch_size, cfg.train, cfg.method)
             engine = build_engine(module, ranks, cfg.optim, cfg.engine, batches)
             trainer = SharpnessAware.over(engine, cfg.method, ranks, seed=cfg.run.seed)

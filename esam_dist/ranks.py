@@ -162,9 +162,32 @@ class Ranks:
         Each rank's running statistics come from its own batches. Averaging them after every update keeps replicas
         identical to the bit, so that validation and checkpoints do not depend on which rank is asked.
         """
-        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        buffers = moving_buffers(module)
         if self.world_size > 1 and buffers:
             torch._foreach_copy_(buffers, self.average(buffers))
+
+    def take_from_first(self, module: nn.Module) -> None:
+        """Replace parameters and buffers by those of rank 0."""
+        if self.world_size > 1:
+            for value in module.state_dict().values():
+                # In memory of its own order: gloo takes no other.
+                sent = value.contiguous()
+                dist.broadcast(sent, src=0)
+                value.copy_(sent)
+
+
+def moving_buffers(module: nn.Module) -> list[Tensor]:
+    """The floating-point buffers that a training pass may change.
+
+    Not those of a BatchNorm in evaluation mode: a mean of equal numbers may differ from them by a rounding error.
+    """
+    still = {
+        buffer
+        for child in module.modules()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not child.training
+        for buffer in child.buffers(recurse=False)
+    }
+    return [buffer for buffer in module.buffers() if buffer.is_floating_point() and buffer not in still]
 
 
 def _number(name: str, least: int, most: int) -> int:

@@ -46,6 +46,7 @@ def find_state(cfg: config.Config, checkpoints: Checkpoints, module: nn.Module) 
     path, state = found
     check_network(path, state, cfg, module)
     fit_optimizer(path, state, cfg, module)
+    check_trained(path, state, module)
     logger.info("continuing from %s", path)
     return state
 
@@ -156,7 +157,7 @@ def fit_optimizer(path: Path, state: State, cfg: config.Config, module: nn.Modul
     wanted = _kept_by(cfg.optim)
     fitted: dict[str, dict[str, Any]] = {}
     for name, param in module.named_parameters():
-        entry = saved.get(name, {})
+        entry = saved.get(name, {}) if param.requires_grad else {}
         if cfg.optim.name == "sgd":
             entry = {key: value for key, value in entry.items() if key != "momentum_buffer" or key in wanted}
         misshapen = any(value.shape != param.shape for key, value in entry.items() if key != "step")
@@ -170,6 +171,19 @@ def fit_optimizer(path: Path, state: State, cfg: config.Config, module: nn.Modul
     native = cfg.engine.name == "native"
     updated_first = sorted(fitted.items(), key=lambda item: not item[1])
     state["engine"]["optimizer"] = {name: entry for name, entry in updated_first if entry or not native}
+
+
+def check_trained(path: Path, state: State, module: nn.Module) -> None:
+    """Raise UserError where the method's memory, or the average, is of a run in which other weights were frozen."""
+    trained = {name: param.shape for name, param in module.named_parameters() if param.requires_grad}
+    memory = state.get("method", {}).values()
+    averages = state.get("average", {}).get("copies", [])
+    fits = all([tensor.shape for tensor in vectors] == list(trained.values()) for vectors in memory)
+    if not fits or any(copy.keys() != trained.keys() for copy in averages):
+        raise UserError(
+            f"checkpoint {path}: other weights were frozen when it was trained; use the model.freeze of that run, or "
+            f"begin from its weights alone: model.weights = {path} in place of run.resume"
+        )
 
 
 def _kept_by(optim: OptimKeys) -> set[str]:

@@ -83,7 +83,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A rate by epoch: linear warm-up from 0 to `peak`, then cosine to 0 at the end, steps, or constant."""
+    """A rate by epoch: linear warm-up from 0 to `peak`, then cosine to 0 at the end, steps, or constant.
+
+    In the warm-up an update takes the rate of its end: the first one would else be made at rate 0, and change nothing.
+    """
 
     peak: float
     epochs: float
@@ -92,11 +95,13 @@ class LearningRate:
     warmup_epochs: float = 0.0
     step_epochs: Sequence[float] = ()
     step_factor: float = 0.1
+    update_epochs: float = 0.0
+    """What an update is of an epoch."""
 
     def __call__(self, epoch: float) -> float:
-        """The rate at `epoch`."""
+        """The rate of the update that begins at `epoch`."""
         if epoch < self.warmup_epochs:
-            return self.peak * epoch / self.warmup_epochs
+            return self.peak * min(1.0, (epoch + self.update_epochs) / self.warmup_epochs)
         if self.schedule == "constant":
             return self.peak
         if self.schedule == "step":

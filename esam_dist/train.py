@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
-
-from torch import Tensor
-from torch.nn import functional as F
 
 from esam_dist import config
 from esam_dist.agreement import Agreement
 from esam_dist.data import Batch
 from esam_dist.errors import LossNotFiniteError
+from esam_dist.losses import build_loss
 from esam_dist.metrics import TrainRow
 from esam_dist.progress import Progress
 from esam_dist.saving import Saver
@@ -23,20 +20,9 @@ from esam_dist.training import Training
 from esam_dist.validation import Ahead, validate
 from esam_dist.window import Window
 
-__all__ = ["Training", "final_step", "learning_rate_at", "micro_batch", "train"]
+__all__ = ["Training", "final_step", "learning_rate", "micro_batch", "train"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """The loss of each sample, [B], from logits [B, K] and classes [B] or shares of classes [B, K]."""
-
-    label_smoothing: float
-
-    def __call__(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
-        return F.cross_entropy(logits_BK, labels, reduction="none", label_smoothing=self.label_smoothing)
 
 
 def train(run: Training) -> bool:
@@ -65,17 +51,24 @@ def _updates(run: Training, saver: Saver, batches: Ahead, last_step: int) -> boo
     """All updates up to `last_step`; False when all ranks agreed to stop before that was saved."""
     cfg, trainer, progress, num_samples = run.cfg, run.trainer, run.progress, run.data.num_samples
     num_new = samples_per_step(cfg, trainer)
+    rate = learning_rate(cfg, num_samples, num_new)
+    if cfg.optim.lr_per_256 and trainer.ranks.is_first:
+        logger.info(
+            "optim.lr_per_256 = %g and %d images per update: the peak learning rate is %g",
+            *(cfg.optim.lr_per_256, num_new, rate.peak),
+        )
+    loss = build_loss(cfg.train, run.data.class_counts, trainer.ranks.device)
     window = Window(cfg, trainer, run.data, progress)
     agreement = Agreement(trainer.ranks, run.stop_requested)
     trainer.engine.module.train()
     while progress.step < last_step:
         epoch = progress.samples / num_samples
-        moment, lr = Moment(progress.step, epoch, epoch / cfg.train.epochs), learning_rate_at(epoch, cfg)
+        moment, lr = Moment(progress.step, epoch, epoch / cfg.train.epochs), rate(epoch)
         for _ in range(cfg.train.accumulate):
             trainer.clock.start()
             batch = next(batches)
             trainer.clock.end("data")
-            window.add(micro_batch(trainer, batch, cfg, moment, lr))
+            window.add(trainer.step(batch.images, batch.labels, loss, moment=moment, lr=lr))
         progress.step += 1
         progress.samples += num_new
         progress.sharp_updates += cfg.method.is_sharp(moment)
@@ -122,8 +115,8 @@ def samples_per_step(cfg: config.Config, trainer: SharpnessAware) -> int:
 
 
 def micro_batch(trainer: SharpnessAware, batch: Batch, cfg: config.Config, moment: Moment, lr: float) -> StepStats:
-    """One micro-batch of images, as the configuration has it."""
-    loss = CrossEntropy(cfg.train.label_smoothing)
+    """One micro-batch of images, as the configuration has it, but for weights of classes."""
+    loss = build_loss(cfg.train.model_copy(update={"class_weights": "none"}))
     return trainer.step(batch.images, batch.labels, loss, moment=moment, lr=lr)
 
 
@@ -139,13 +132,14 @@ def is_passed(every: int, before: int, now: int) -> bool:
     return now // every > before // every
 
 
-def learning_rate_at(epoch: float, cfg: config.Config) -> float:
-    """The rate of the update that begins at `epoch`."""
+def learning_rate(cfg: config.Config, num_samples: int, samples_per_step: int) -> LearningRate:
+    """The rate by epoch, for updates of so many samples over all ranks."""
     optim = cfg.optim
-    rate = LearningRate(
-        optim.lr, cfg.train.epochs, optim.schedule, optim.warmup_epochs, optim.step_epochs, optim.step_factor
+    peak = optim.lr_per_256 * samples_per_step / 256 if optim.lr_per_256 else optim.lr
+    return LearningRate(
+        *(peak, cfg.train.epochs, optim.schedule, optim.warmup_epochs, optim.step_epochs, optim.step_factor),
+        update_epochs=samples_per_step / num_samples,
     )
-    return rate(epoch)
 
 
 def _check_finite(run: Training, row: TrainRow, window: Window, saver: Saver) -> None:

@@ -24,6 +24,10 @@ class TrainKeys(Section):
     """Weights and images with the channels innermost: faster convolutions on GPUs, at half precision above all."""
     compile: bool = False
     """Compile the network with `torch.compile`; with `swp: suffix` by block, for the ascent to stop at its cut."""
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """`bce`: binary cross-entropy, each class a question of its own, as timm's recipes have it; wants another rate."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced`: a sample's loss is weighed inversely to the size of its class. Selection ranks the weighed losses."""
     label_smoothing: BelowOne = 0.0
     """Share of the target spread evenly over all classes."""
     average: Literal["none", "ema", "lawa"] = "none"

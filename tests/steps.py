@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine, UpdateOptions
+from esam_dist.losses import CrossEntropy
 from esam_dist.methods import METHODS, SGD, Method
 from esam_dist.models import Classifier
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step import Moment, StepStats
-from esam_dist.train import CrossEntropy
 
 LR, RADIUS = 0.1, 0.3
 PLAIN = SGD()

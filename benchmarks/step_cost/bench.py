@@ -16,13 +16,13 @@ from benchmarks.step_cost.modes import MODES, Model, update_of
 from esam_dist.clock import PhaseClock
 from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine
+from esam_dist.losses import CrossEntropy
 from esam_dist.models import Classifier, compile_network
 from esam_dist.randomness import seed_step
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step import Moment
 from esam_dist.step.score import Head
-from esam_dist.train import CrossEntropy
 
 
 class Bench:

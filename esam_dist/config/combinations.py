@@ -27,7 +27,7 @@ def check(config: Config) -> None:
 def faults(config: Config) -> Faults:
     """All that is ever refused, in an order that does not depend on `config`: whether it is here, and the words."""
     own = [*config.data.faults(), *config.optim.faults(), *_method(config), *_engine(config)]
-    return [*own, *_metrics(config), *_stream(config)]
+    return [*own, *_metrics(config), *_stream(config), *_classes(config)]
 
 
 def _method(config: Config) -> Faults:
@@ -101,3 +101,13 @@ def _stream(config: Config) -> Faults:
         "it in an environment variable and write ${NAME} there (on a command line in single quotes)"
     )
     return [(looks_secret(config.data.stream), reason)]
+
+
+def _classes(config: Config) -> Faults:
+    return [
+        (
+            config.train.class_weights == "balanced" and bool(config.data.stream),
+            "train.class_weights = balanced needs the number of images of each class, which data.stream does not say; "
+            "give none, or train on data.path",
+        )
+    ]

@@ -166,15 +166,45 @@ def _first_fault(error: ValidationError, source: str) -> str:
         if fault["type"] == "extra_forbidden" and len(place) == 2:
             return _foreign_key(place[1], method, source)
     where = ".".join(place[:2])
+    if len(place) > 2 and fault["type"] in ("extra_forbidden", "missing"):
+        what = f"{place[-1]!r} is missing" if fault["type"] == "missing" else f"has no {shown(place[-1])}"
+        return f"{source}: {where}: {what}; see docs/keys.md"
+    if place[1:2] == ["overrides"]:
+        where = ".".join(place)
     if fault["type"] == "extra_forbidden":
-        known = list(dict.fromkeys(key.name for key in keys())) if "." in where else list(Config.model_fields)
-        near = difflib.get_close_matches(where, known, n=3, cutoff=0.5) or known[:3]
-        return f"{source}: unknown key {shown(where)}; did you mean {', '.join(near)}?"
+        if where in ELSEWHERE:
+            return f"{source}: unknown key {shown(where)}; {ELSEWHERE[where]} does it"
+        return f"{source}: unknown key {shown(where)}; did you mean {', '.join(_nearest(where))}?"
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = fault["input"].get("name") if isinstance(fault["input"], dict) else None
         near = difflib.get_close_matches(str(given), METHODS, n=1) or ["esam"]
         return f"{source}: method.name = {shown(given)} is refused: give one of {', '.join(METHODS)}, such as {near[0]}"
     return f"{source}: {where} = {shown(fault['input'])} is refused: {fault['msg'].removeprefix('Value error, ')}"
+
+
+ELSEWHERE = {
+    **dict.fromkeys(("model.pretrained", "model.checkpoint", "model.init"), "model.weights (default, or a PATH)"),
+    **dict.fromkeys(("train.pretrained", "train.weights", "run.weights"), "model.weights (default, or a PATH)"),
+    **dict.fromkeys(("model.sync_bn", "train.sync_bn", "train.sync_batchnorm"), "model.sync_batchnorm"),
+    **dict.fromkeys(("model.dropout", "model.stochastic_depth_prob", "model.drop_path"), "model.options"),
+    **dict.fromkeys(("optim.learning_rate", "train.lr", "train.learning_rate"), "optim.lr"),
+    **dict.fromkeys(("train.amp", "engine.precision", "engine.fp16", "engine.bf16"), "train.precision"),
+    **dict.fromkeys(("train.batch_size", "optim.batch_size"), "data.batch_size"),
+    **dict.fromkeys(("data.num_workers", "train.workers", "train.num_workers"), "data.workers"),
+}
+"""Names that others have for our keys, and for what is none of a section's own."""
+
+
+def _nearest(where: str) -> list[str]:
+    """Keys, or sections, that `where` may have been meant for: in its section, by the same name elsewhere, or alike."""
+    section, _, name = where.partition(".")
+    if not name:
+        return difflib.get_close_matches(where, Config.model_fields, n=3, cutoff=0.5) or list(Config.model_fields)[:3]
+    known = list(dict.fromkeys(key.name for key in keys()))
+    own = [key for key in known if key.startswith(f"{section}.")]
+    others = [key for key in known if key.partition(".")[2] == name]
+    alike = difflib.get_close_matches(name, [key.partition(".")[2] for key in own], n=3, cutoff=0.6)
+    return others + [f"{section}.{other}" for other in alike] or own[:8] or known[:3]
 
 
 REPLACED = {

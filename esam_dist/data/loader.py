@@ -78,6 +78,8 @@ class TrainSource(NamedTuple):
     num_samples: int
     class_names: list[str]
     close: Callable[[], None] = lambda: None
+    class_counts: tuple[int, ...] = ()
+    """Samples of each class; empty where nobody knows."""
 
 
 class TrainData:
@@ -85,7 +87,7 @@ class TrainData:
 
     def __init__(self, cfg: DataKeys, source: TrainSource, device: torch.device) -> None:
         self.num_samples, self.class_names = source.num_samples, source.class_names
-        self.num_classes = len(source.class_names)
+        self.num_classes, self.class_counts = len(source.class_names), source.class_counts
         self._source = source
         self._skipped = Skipped(cfg, endless=True)
         self._finish = Finish(cfg, device, self.num_classes, train=True)
@@ -172,7 +174,8 @@ def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: 
         picks = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
         return load(split, cfg, picks, train=True, pin=device.type == "cuda")
 
-    return TrainData(cfg, TrainSource(raws, split.num_samples, split.class_names, split.close), device)
+    counts = tuple(np.bincount(split.entries["label"], minlength=len(split.class_names)).tolist())
+    return TrainData(cfg, TrainSource(raws, split.num_samples, split.class_names, split.close, counts), device)
 
 
 def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:

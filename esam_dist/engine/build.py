@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from esam_dist.engine.groups import param_groups
 from esam_dist.engine.keys import EngineKeys, OptimKeys
 from esam_dist.engine.native import NativeEngine, UpdateOptions
 from esam_dist.methods import Method
@@ -61,19 +62,11 @@ def build_engine(
 
 
 def build_optimizer(module: nn.Module, cfg: OptimKeys, *, fused: bool = False) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters, with or without decay of normalisation parameters and biases.
+    """SGD or AdamW over the trainable parameters, each with its rate and weight decay.
 
     `fused`: one that can skip an update without a wait for the device.
     """
-    trainable = [param for param in module.parameters() if param.requires_grad]
-    # Biases and the affine parameters of every normalisation are the tensors with fewer than two dimensions.
-    decayed = [param for param in trainable if param.ndim > 1 or cfg.decay_norm_and_bias]
-    undecayed = [param for param in trainable if not (param.ndim > 1 or cfg.decay_norm_and_bias)]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, cfg.weight_decay), (undecayed, 0.0))
-        if params
-    ]
+    groups = param_groups(module, cfg)
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.momentum, cfg.beta2), fused=fused)
     return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esam_dist.engine.groups import set_rate
 from esam_dist.engine.guard import not_finite, skipping
 from esam_dist.engine.state import (
     initial_state,
@@ -120,8 +121,7 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float | None) -> Tensor:
         """See `Engine`."""
         if lr is not None:
-            for group in self._ds.optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(self._ds.optimizer, lr)
         if not self.ends_update:
             self._ds.step()
             return torch.full((), torch.nan, device=self._ranks.device)

@@ -9,6 +9,17 @@ from pydantic import Field
 from esam_dist.section import BelowOne, Faults, NonNegative, Positive, Real, Section
 
 
+class Override(Section):
+    """What is otherwise for some of the parameters."""
+
+    match: str
+    """Pattern of their names in the network, as a shell's: `layer1.*`, `*.bias`."""
+    lr_factor: Positive = 1.0
+    """Their rate, as a multiple of what it would be."""
+    weight_decay: NonNegative | None = None
+    """Their weight decay; empty: as it would be."""
+
+
 class OptimKeys(Section):
     """The base optimizer and its learning rate."""
 
@@ -16,6 +27,16 @@ class OptimKeys(Section):
     """The optimizer that applies the sharpness-aware gradient."""
     lr: NonNegative = 0.1
     """Peak learning rate, for the global batch as it is (no hidden scaling)."""
+    lr_per_256: NonNegative = 0.0
+    """In place of `lr`: the peak rate per 256 images of the global batch (ranks, times batch, times `accumulate`). The
+    log says what comes of it. 0: off."""
+    layer_decay: Annotated[Real, Field(gt=0.0, le=1.0)] = 1.0
+    """The rate of each layer as a multiple of the next one's; the classifier has `lr`. Layers: docs/finetune.md."""
+    head_lr_factor: Positive = 1.0
+    """The classifier's rate, as a multiple of the others'."""
+    overrides: list[Override] = []
+    """`[{match: PATTERN, lr_factor: F, weight_decay: D}, ...]`, for parameters by name. Factors multiply each other and
+    those of the two keys above; of several decays the last holds."""
     momentum: BelowOne = 0.9
     """SGD's momentum, or AdamW's beta1."""
     beta2: BelowOne = 0.999
@@ -25,7 +46,8 @@ class OptimKeys(Section):
     weight_decay: NonNegative = 5e-4
     """L2 for SGD, decoupled for AdamW."""
     decay_norm_and_bias: bool = False
-    """Whether weight decay also applies to normalisation parameters and biases."""
+    """Whether weight decay also applies to what is no kernel or matrix: the parameters of normalisations, biases, layer
+    scale, class token, position tables, logit scale."""
     clip_grad_norm: NonNegative = 0.0
     """Largest global gradient norm of an update; 0: no clipping."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"

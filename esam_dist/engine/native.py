@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from esam_dist.engine.groups import set_rate
 from esam_dist.engine.guard import not_finite, skipping
 from esam_dist.engine.replicas import Replicas
 from esam_dist.engine.state import load_by_name, momentum_of, state_by_name
@@ -90,8 +91,7 @@ class NativeEngine(Engine):
         if self._replicas is not None:
             self._replicas.check_averaged()
         if lr is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
         params = [param for param in self.module.parameters() if param.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -20,6 +21,15 @@ class Classifier(nn.Module):
         self._format = torch.channels_last if channels_last else torch.preserve_format
         network.to(memory_format=self._format)
         self._autocast_type = AUTOCAST_TYPES[precision]
+        self.held: tuple[str, ...] = ()
+        """Layers of `network` that stay in evaluation mode: frozen BatchNorm."""
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module, but for the layers that are held."""
+        super().train(mode)
+        for name in self.held:
+            self.network.get_submodule(name).eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K], float32."""

@@ -9,11 +9,12 @@ from typing import Any
 import torch._dynamo
 from torch import nn
 
+from esam_dist.layers import blocks
+
 Backend = str | Callable[..., Any]
 
 log = logging.getLogger(__name__)
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # A part is compiled for the batch, for scores without gradients, for the kept samples, and for validation.
 _COMPILATIONS = 8
 
@@ -39,19 +40,3 @@ def compile_network(network: nn.Module, *, by_block: bool = False, backend: Back
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
     for part in parts:
         part.compile(backend=backend)
-
-
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """The outermost members of `network`'s sequences with at least two layers: residual blocks, encoder layers."""
-    found: list[nn.Module] = []
-    _collect(network, found)
-    return found
-
-
-def _collect(module: nn.Module, found: list[nn.Module]) -> None:
-    for child in module.children():
-        member = isinstance(module, _CONTAINERS) and not isinstance(child, _CONTAINERS)
-        if member and sum(param.ndim > 1 for param in child.parameters()) > 1:
-            found.append(child)
-        else:
-            _collect(child, found)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,7 @@ from esam_dist import config
 from esam_dist.data.dataset import Description, read_description
 from esam_dist.data.keys import DataKeys
 from esam_dist.errors import UserError
+from esam_dist.models.published import published_options
 from esam_dist.section import Positive, Real
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class Card(_Facts):
 
     model: str
     """`model.name`."""
+    options: dict[str, Any] = {}
+    """What the network's builder was told besides."""
     num_outputs: Annotated[int, Field(ge=1, le=1_000_000)]
     """Length of the logits."""
     classes: list[str]
@@ -160,6 +163,7 @@ def sidecar_path(file: Path) -> Path:
 def _card(cfg: config.Config, num_outputs: int, found: Description | None) -> Card:
     return Card(
         model=cfg.model.name,
+        options=published_options(cfg.model.name, cfg.model.weights) | cfg.model.options,
         num_outputs=num_outputs,
         classes=[] if found is None else found.classes,
         image_size=cfg.data.image_size,

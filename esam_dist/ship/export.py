@@ -95,7 +95,7 @@ def _sidecar(model: Trained, name: str, checksum: str) -> Sidecar:
         **card.model_dump(),
         format=name,
         sha256=checksum,
-        build=expression(card.model, card.num_outputs),
+        build=expression(card.model, card.num_outputs, card.options),
         input=INPUT.format(size=size),
         preprocessing=PREPROCESSING.format(ratio=ratio, size=size, resize=round(size / ratio)),
         output=OUTPUT.format(outputs=card.num_outputs),

@@ -69,7 +69,7 @@ def find(where: Path, args: argparse.Namespace, key: str = "RUN") -> Trained:
 
 def filled(card: Card, weights: Mapping[str, Tensor], source: str) -> nn.Module:
     """The plain network of `card` with `weights`, for evaluation. Raises UserError where they do not go together."""
-    network = build_model(card.model, card.num_outputs)
+    network = build_model(card.model, card.num_outputs, card.options)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -107,7 +107,7 @@ def _card(path: Path, state: State, weights: Mapping[str, Tensor]) -> Card:
         )
     cfg = run_config(run)
     with torch.device("meta"):
-        of_two = build_model(cfg.model.name, 2).state_dict()
+        of_two = build_model(cfg.model.name, 2, cfg.model.options).state_dict()
     grown = [name for name, value in of_two.items() if name in weights and value.shape != weights[name].shape]
     return described_later(cfg, len(weights[grown[0]]) if grown else 2, path)
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from esam_dist.ranks import moving_buffers
+
 
 @contextmanager
 def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
@@ -60,7 +62,8 @@ class GroupStatistics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = list(module.buffers())
+        counts = [buffer for buffer in module.buffers() if not buffer.is_floating_point()]
+        self._buffers = [*moving_buffers(module), *counts]
         self._start = [buffer.clone() for buffer in self._buffers]
         self._ends: list[list[Tensor]] = []
 

@@ -53,7 +53,10 @@ def test_damaged_description(start, data):
 
 def test_only_norms_of_a_network_without_any(start):
     assert_refused(
-        start("method.swp=norm", "model.name=alexnet"), "method.swp = norm", "alexnet", "method.swp = tensor"
+        start("method.swp=norm", "model.name=alexnet", "data.image_size=64"),
+        "method.swp = norm",
+        "alexnet",
+        "method.swp = tensor",
     )
 
 

@@ -138,7 +138,7 @@ def test_schedules_reach_the_step(native):
     train = rows(native[0])
     assert [row["kept_fraction"] for row in train] == [1.0] * 5 + [0.5] * 15
     assert [row["beta"] for row in train[::5]] == [1.0, 0.75, 0.5, 0.5]
-    assert [row["lr"] for row in train[:5]] == pytest.approx([0.05 * step / 5 for step in range(5)])
+    assert [row["lr"] for row in train[:5]] == pytest.approx([0.05 * (step + 1) / 5 for step in range(5)])
     assert all(after["epoch"] - before["epoch"] == pytest.approx(0.2) for before, after in pairwise(train))
 
 

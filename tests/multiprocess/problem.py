@@ -13,6 +13,7 @@ from esam_dist import config
 from esam_dist.data import Batch
 from esam_dist.engine import MicroBatches, build_engine
 from esam_dist.models import Classifier, compile_network
+from esam_dist.models.freeze import freeze
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step import Engine, Moment, StepStats
@@ -109,6 +110,7 @@ def train_rank(
     with a `backend`, compiled as the command line does it.
     """
     classifier = Classifier(make_network(dtype), cfg.train.precision)
+    freeze(classifier, cfg.model.freeze)
     if backend is not None:
         cfg.method.prepare(classifier)
         compile_network(classifier.network, by_block=cfg.method.stops_early, backend=backend)

@@ -11,13 +11,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 from esam_dist.engine.native import NativeEngine
+from esam_dist.losses import CrossEntropy
 from esam_dist.models import Classifier, build_model, compile_network
 from esam_dist.models.compiled import blocks
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step.choice import Choice
 from esam_dist.step.swp import draw_suffix
-from esam_dist.train import CrossEntropy
 from tests.steps import sharp
 
 # The frontend and autograd of torch.compile, without the minutes of its C++ backend on a CPU.

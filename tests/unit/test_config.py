@@ -10,7 +10,7 @@ from esam_dist.config import Config
 from esam_dist.errors import UserError
 from esam_dist.progress import Progress
 from esam_dist.schedule import Schedule
-from esam_dist.train import final_step, learning_rate_at
+from esam_dist.train import final_step, learning_rate
 
 
 @pytest.fixture
@@ -81,11 +81,16 @@ def test_override_below_a_plain_value_is_refused(file):
         ("optim: {learning_rate: 3}", "optim."),
         ("method: {bta: 0.5}", "method.beta"),
         ("modle: {name: resnet50}", "model"),
+        ("model: {pretrained: true}", "model.weights"),
+        ("model: {seed: 1}", "run.seed"),
+        ("data: {num_workers: 1}", "data.workers"),
+        ("data: {qqq: 1}", "data.path"),
+        ("optim: {overrides: [{match: a, lr: 2}]}", "optim.overrides: has no 'lr'"),
     ],
 )
 def test_unknown_key_names_the_nearest(file, text, nearest):
     message = refused(file(text))
-    assert "unknown key" in message
+    assert "unknown key" in message or "has no" in message
     assert nearest in message
 
 
@@ -95,7 +100,14 @@ def test_epochs_are_whole_or_not_and_stay_what_they_were(file):
     assert ("epochs: 3\n" in config.dump(whole), part.train.epochs) == (True, 0.75)
     # 8 updates of 3 of 32 samples: the rate of the last one is near the schedule's end
     assert final_step(part, Progress(), 32, 3) == 8
-    assert learning_rate_at(0.75, part) == pytest.approx(0.0)
+    assert learning_rate(part, 32, 3)(0.75) == pytest.approx(0.0)
+
+
+def test_a_rate_by_256_images_grows_with_the_global_batch(file):
+    path = file("optim: {lr: 9, lr_per_256: 0.1, warmup_epochs: 0}")
+    # 3 ranks, 128 images each, two micro-batches
+    assert learning_rate(config.load(path), 10_000, 3 * 128 * 2)(0.0) == pytest.approx(0.3)
+    assert learning_rate(config.load(path, ["optim.lr_per_256=0"]), 10_000, 768)(0.0) == 9
 
 
 @pytest.mark.parametrize(

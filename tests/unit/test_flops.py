@@ -11,12 +11,12 @@ from torch import nn
 
 from esam_dist.engine.native import NativeEngine
 from esam_dist.flops import flop_counter
+from esam_dist.losses import CrossEntropy
 from esam_dist.methods import Method
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step import swp
 from esam_dist.step.choice import Choice
-from esam_dist.train import CrossEntropy
 from tests.flop_model import NETWORKS, SIZE, B, Cost, K, cost_of
 from tests.steps import PLAIN, sharp
 

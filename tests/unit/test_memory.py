@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from benchmarks.counters.live_bytes import LiveBytes
 from esam_dist.data import Batch
 from esam_dist.engine.native import NativeEngine
+from esam_dist.losses import CrossEntropy
 from esam_dist.methods import Method
 from esam_dist.models import Classifier
 from esam_dist.randomness import seed_step
 from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step import Moment, swp
-from esam_dist.train import CrossEntropy
 from tests.steps import PLAIN, sharp
 
 B, WIDTH, SEED = 8, 256, 5

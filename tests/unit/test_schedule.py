@@ -61,6 +61,14 @@ def test_warmup_rises_linearly_from_zero(schedule, epoch):
     assert rate == pytest.approx(0.4 * epoch / 2.0)
 
 
+def test_no_update_of_a_warmup_is_made_at_rate_0_and_the_last_has_the_peak():
+    # Ten updates an epoch, two epochs of warm-up.
+    rate = LearningRate(peak=0.4, epochs=10, schedule="cosine", warmup_epochs=2.0, update_epochs=0.1)
+    rates = [rate(update / 10) for update in range(20)]
+    assert rates == pytest.approx([0.4 * (update + 1) / 20 for update in range(20)])
+    assert LearningRate(peak=0.4, epochs=10, warmup_epochs=0.05, update_epochs=0.1)(0.0) == 0.4
+
+
 @pytest.mark.parametrize("warmup", [0.0, 2.0])
 @pytest.mark.parametrize("epoch", [2.0, 3.7, 9.0, 10.0])
 def test_cosine_falls_from_peak_to_zero(epoch, warmup):

@@ -15,7 +15,7 @@ from esam_dist.data.dataset import open_split
 from esam_dist.data.prepare.held_out import HeldOut
 from esam_dist.data.prepare.write import Plan, write_dataset
 from esam_dist.errors import UserError
-from esam_dist.train import learning_rate_at
+from esam_dist.train import learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {"sgd": {"overrides": {"method.name": "sgd"}}, "sam": {"overrides": {"method.name": "sam"}}}
@@ -137,7 +137,7 @@ def test_epochs_are_the_budget_divided_by_the_cost_and_the_schedule_ends_there(r
     assert run.epochs == cfg.train.epochs == epochs
     assert run.updates == epochs * 10  # of 8 of 80 images
     assert run.budget_used == pytest.approx(1.0)
-    assert learning_rate_at(epochs, cfg) == pytest.approx(0.0)
+    assert learning_rate(cfg, 80, 8)(epochs) == pytest.approx(0.0)
 
 
 def test_the_share_of_the_budget_counts_whole_updates(read):

@@ -116,7 +116,7 @@ def recycled(method: Recycled, world: World) -> Weights:
         clean = [plus(times(g, 1.0 - share), k, share) for g, k in zip(again, world.clean(kept), strict=True)]
     else:
         again = clean = world.clean()
-    everything = [swp.Draw(list(world.network.parameters()))] * len(world.ranks)
+    everything = [swp.Draw([param for param in world.network.parameters() if param.requires_grad])] * len(world.ranks)
     eps = [along(d, method.rho(world.epoch)) for d in climb(method, world, everything, clean)]
     return plus(times(mean(again), 1.0 - share), descend(sds, world, eps, scores)[0], share)
 

@@ -29,14 +29,20 @@ class Simulation:
     label_smoothing: float = 0.0
     shared: bool = False
     """One perturbation for all ranks, along the averaged gradient (ZeRO 3)."""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    decays: dict[str, float] = field(default_factory=dict)
+    """By parameter, where they are not those of all."""
     velocity: Weights = field(default_factory=dict)
     memory: dict[str, Weights] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
     """Of each micro-batch in which samples were selected: how many all ranks kept together."""
 
     def __post_init__(self) -> None:
-        self.weights = {name: param.detach().clone() for name, param in self.network.named_parameters()}
-        self.buffers = {name: buffer.detach().clone() for name, buffer in self.network.named_buffers()}
+        named = {name: param.detach().clone() for name, param in self.network.named_parameters()}
+        self.weights = {name: named[name] for name, p in self.network.named_parameters() if p.requires_grad}
+        # What is frozen is to a pass what a buffer is.
+        frozen = {name: value for name, value in named.items() if name not in self.weights}
+        self.buffers = {name: buffer.detach().clone() for name, buffer in self.network.named_buffers()} | frozen
 
     def update(self, micro_batches: list[MicroBatch], seed: int, step: int, epoch: float) -> None:
         """One update from `micro_batches[micro][rank]`."""
@@ -44,11 +50,14 @@ class Simulation:
         total = mean(grads)
         self.memory["previous"] = total
         factor = min(1.0, self.optim.clip_grad_norm / (norm(total) + 1e-6)) if self.optim.clip_grad_norm else 1.0
-        step_ = plus(times(total, factor), self.weights, self.optim.weight_decay)
+        decays = {name: self.decays.get(name, self.optim.weight_decay) for name in self.weights}
+        step_ = plus(times(total, factor), {name: decays[name] * value for name, value in self.weights.items()})
         self.velocity = plus(step_, self.velocity, self.optim.momentum)
         if self.optim.nesterov:
             step_ = plus(step_, self.velocity, self.optim.momentum)
-        self.weights = plus(self.weights, step_ if self.optim.nesterov else self.velocity, -self.optim.lr)
+        moved = step_ if self.optim.nesterov else self.velocity
+        moved = {name: self.lr_factors.get(name, 1.0) * value for name, value in moved.items()}
+        self.weights = plus(self.weights, moved, -self.optim.lr)
 
     def _gradient(self, batches: MicroBatch, seed: tuple[int, ...], epoch: float) -> Weights:
         """The gradient of one micro-batch over all ranks; the statistics become the mean of what each rank's are."""
