@@ -41,6 +41,9 @@ def test_over_time_a_slower_method_is_further_to_the_right(tmp_path):
     assert runs.curve(fast, "validation", "accuracy", by_time=True).x == pytest.approx([50.0, 100.0])
     assert runs.curve(slow, "validation", "accuracy", by_time=True).x == pytest.approx([150.0, 300.0])
     assert runs.curve(slow, "validation", "accuracy").x == [2.5, 5.0]
+    # A point of two seeds is at the mean of their times.
+    (both,) = runs.group([*fast.runs, *write(tmp_path, [0.9], seeds=[1], step_seconds=2.0)])
+    assert runs.curve(both, "validation", "accuracy", by_time=True).x == pytest.approx([75.0, 150.0])
     text = page.page([fast, slow])
     assert text.index("<h3>By time</h3>") < text.index("minutes of training") < text.index("<h3>By epoch</h3>")
 
