@@ -231,13 +231,16 @@ def _make(words: list[str]) -> None:
 
 
 def _pip(words: list[str]) -> None:
-    """What is installed is this package, by its folder or its name, with extras that it has."""
+    """What is installed is this package, by its folder or its name, with extras that it has; or one of our constraints."""
     text = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     extras = set(re.findall(r"^(\w+) = \[", text, re.MULTILINE))
+    tested = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     for word in words[1:]:
+        if word in tested | {"--no-deps"}:
+            continue
         found = re.fullmatch(r"(?:-e|--editable|\.|esam-dist|\.\[(.*)\]|esam-dist\[(.*)\])", word)
         if found is None:
-            raise WrongCommandError(f"pip: {word} is not this package")
+            raise WrongCommandError(f"pip: {word} is neither this package nor among the constraints")
         if unknown := set((found[1] or found[2] or "").split(",")) - {"", *extras}:
             raise WrongCommandError(f"pip: there is no extra {min(unknown)}")
 
