@@ -66,7 +66,8 @@ def train(run: Training) -> bool:
     samples_per_step = cfg.data.batch_size * trainer.ranks.world_size * cfg.train.accumulate
     last_step = final_step(cfg, progress, num_samples, samples_per_step)
     if progress.step >= last_step and trainer.ranks.is_first:
-        logger.info("step %d was the last: nothing is left to do; for more, raise train.epochs", progress.step)
+        key = "train.max_steps" if cfg.train.max_steps == last_step else "train.epochs"
+        logger.info("step %d was the last: nothing is left to do; for more, raise %s", progress.step, key)
     batches = Ahead(run.data.batches(progress.samples))
     window = Window(cfg, trainer, run.data, progress, run.stop_requested)
     trainer.engine.module.train()

@@ -13,17 +13,18 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only from lower floors, files of one folder also from each other (docs/architecture.md).
 FLOORS = [
-    {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness", "flops"},
+    {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness", "flops"}
+    | {"stop", "wording"},
     {"ranks", "section", "skips"},
     {"step", "run_keys", "train_keys", "checkpoint_keys"},
     {"methods"},
     {"models", "checkpoint", "data", "metrics", "engine", "lock"},
     {"config"},
     {"run_folder", "launch", "network"},
-    {"sharpness_aware", "evaluate", "report", "resume"},
-    {"window"},
+    {"sharpness_aware", "evaluate", "report", "resume", "doctor"},
+    {"window", "guide"},
     {"train"},
-    {"compare"},
+    {"announcements", "compare"},
     {"cli"},
     {"__main__"},
 ]
@@ -68,7 +69,9 @@ def test_every_part_has_a_floor():
 def test_the_wheel_holds_every_package():
     text = (ROOT / "pyproject.toml").read_text().partition("\npackages = [")[2].partition("]")[0]
     folders = {".".join(path.relative_to(ROOT).parts) for path in PACKAGE.rglob("*") if (path / "__init__.py").exists()}
-    assert set(re.findall('"(.*?)"', text)) == {"esam_dist", "esam_dist.launch.files"} | folders
+    assert (
+        set(re.findall('"(.*?)"', text)) == {"esam_dist", "esam_dist.launch.files", "esam_dist.guide.files"} | folders
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
@@ -99,7 +102,7 @@ def test_only_the_engine_package_knows_deepspeed(path):
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("esam_dist.config", ["Config", "dump", "flat", "keys", "load", "parse"]),
+        ("esam_dist.config", ["Config", "add_config_help", "dump", "flat", "keys", "load", "parse"]),
         ("esam_dist.data", ["Batch", "TrainData", "ValidationData", "open_train", "open_validation"]),
         ("esam_dist.data.prepare", ["add_arguments", "prepare_digits", "run"]),
         ("esam_dist.engine", ["MicroBatches", "build_engine"]),
