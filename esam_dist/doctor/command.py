@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out `esam-dist doctor`: 0, or 1 where something fails. Raises UserError for a configuration that is wrong."""
+    """Carry out `esam-dist doctor`: 0, or 1 where something fails. Raises UserError for a wrong configuration."""
     cfg = config.load(args.config, args.overrides) if args.config else config.Config()
     rows = [
         row for name, check, seconds in checks(cfg, whole=bool(args.config)) for row in bounded(name, check, seconds)

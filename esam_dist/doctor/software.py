@@ -49,7 +49,7 @@ def devices() -> list[Row]:
     if named == "":
         return [warn("devices", "no GPU: CUDA_VISIBLE_DEVICES is empty", "unset it to train on GPUs")]
     build = (
-        f"torch {torch.__version__} is built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without'}"
+        f"torch {torch.__version__} is built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'for CPUs'}"
     )
     if DRIVER.exists() or named:
         why = "there is a driver" if DRIVER.exists() else f"CUDA_VISIBLE_DEVICES = {named}"
