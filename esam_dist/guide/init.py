@@ -154,7 +154,7 @@ def _optim(device: Device, chosen: Proposal) -> str:
     batch = chosen.batch_size * device.ranks
     sgd = chosen.optimizer == "sgd"
     rule = (
-        f"{proposal.SGD_PER_256:g} for 256 images, in proportion"
+        f"{chosen.lr * 256 / batch:.2g} for 256 images, in proportion"
         if sgd
         else f"{proposal.ADAMW_PER_1024:g} for 1024 images, with the root"
     )
@@ -180,6 +180,10 @@ def _optim(device: Device, chosen: Proposal) -> str:
 def _method(name: str) -> str:
     fields = METHODS[name].model_fields
     shown = {key: fields[key].default.plain() for key in ("rho", "beta", "gamma") if key in fields}
+    phase = [
+        _comment("Plain updates first: from random weights they learn faster, and cost less.", 2),
+        f"  phase: {{from: {proposal.SHARP_FROM:g}, to: 1.0}}",
+    ]
     other = "sgd" if name != "sgd" else "esam"
     return "\n".join(
         [
@@ -191,5 +195,6 @@ def _method(name: str) -> str:
             ),
             f"  name: {name}",
             *(f"  {key}: {value:g}" for key, value in shown.items()),
+            *(phase if "phase" in fields else []),
         ]
     )

@@ -13,9 +13,12 @@ CPU_SIZE = 96
 """Largest size proposed for a CPU."""
 FEW = 50_000
 """Images below which a small network, and crops that are not too small, generalise better."""
-SGD_PER_256, ADAMW_PER_1024 = 0.1, 1e-3
-"""Rates of He et al. 2015 and Goyal et al. 2017 for SGD (linear in the batch), of the ViT papers for AdamW (as its
-root)."""
+SGD_PER_256, SGD_FEW_PER_256, ADAMW_PER_1024 = 0.1, 0.05, 1e-3
+"""Rates of Goyal et al. 2017 for SGD (linear in the batch), half of it for few images, where an epoch of warm-up is few
+updates; of the ViT papers for AdamW (with the batch's root)."""
+SHARP_FROM = 0.5
+"""Share of the training before a method is sharpness-aware: in the first epochs from random weights it slows learning,
+and the choice of the hardest samples makes the loss rise."""
 MEMORY_SHARE, COPIES = 0.5, 3.0
 """Of a GPU's memory for activations, each of which needs about so many times its size."""
 MOST_PER_GPU = 256
@@ -66,7 +69,7 @@ def propose(images: Images, device: Device, network: Network) -> Proposal:
         batch_size=batch,
         workers=min(8, max(1, device.cores // device.ranks)) if device.gpus else min(1, device.cores - 1),
         optimizer="sgd" if network.has_batchnorm else "adamw",
-        lr=rate(batch * device.ranks, sgd=network.has_batchnorm),
+        lr=rate(batch * device.ranks, sgd=network.has_batchnorm, few=few),
         weight_decay=0.05 if not network.has_batchnorm else 5e-4 if few else 1e-4,
         epochs=epochs,
         warmup_epochs=max(1, epochs // 20),
@@ -89,7 +92,7 @@ def batch_size(images: Images, device: Device, network: Network) -> int:
     return batch
 
 
-def rate(global_batch: int, *, sgd: bool) -> float:
+def rate(global_batch: int, *, sgd: bool, few: bool) -> float:
     """The peak rate for a global batch, to two digits."""
-    value = SGD_PER_256 * global_batch / 256 if sgd else ADAMW_PER_1024 * (global_batch / 1024) ** 0.5
+    value = (SGD_FEW_PER_256 if few else SGD_PER_256) * global_batch / 256 if sgd else ADAMW_PER_1024 * (global_batch / 1024) ** 0.5
     return float(f"{value:.2g}")
