@@ -94,5 +94,9 @@ def batch_size(images: Images, device: Device, network: Network) -> int:
 
 def rate(global_batch: int, *, sgd: bool, few: bool) -> float:
     """The peak rate for a global batch, to two digits."""
-    value = (SGD_FEW_PER_256 if few else SGD_PER_256) * global_batch / 256 if sgd else ADAMW_PER_1024 * (global_batch / 1024) ** 0.5
+    value = (
+        (SGD_FEW_PER_256 if few else SGD_PER_256) * global_batch / 256
+        if sgd
+        else ADAMW_PER_1024 * (global_batch / 1024) ** 0.5
+    )
     return float(f"{value:.2g}")
