@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to its configuration")
     added.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
     added.add_argument("--checkpoint", default="best", help="best (default), newest, or a path")
+    config.add_config_help(added)
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
     added = command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes.")
     launch.add_arguments(added)

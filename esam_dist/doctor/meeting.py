@@ -66,6 +66,9 @@ def all_reduce(backend: str, world_size: int, seconds: float = SECONDS) -> list[
         for process in started:
             process.kill()
             process.wait()
+            for stream in (process.stdout, process.stderr):
+                if stream:
+                    stream.close()
     for process, (_, errors) in zip(started, told, strict=True):
         if process.returncode:
             last = (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `esam-dist init` on `parser`."""
     parser.add_argument("data", type=Path, metavar="DATA", help="folder that `esam-dist prepare` has written")
     parser.add_argument("--model", metavar="NAME", help="network, see `esam-dist models` (default: by size and number)")
-    parser.add_argument("--method", choices=METHODS, default="esam", metavar="NAME", help=f"{', '.join(METHODS)}")
+    parser.add_argument("--method", choices=list(METHODS), default="esam", metavar="NAME", help=f"{', '.join(METHODS)}")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: DATA's name .yaml); -")
 
 

@@ -19,7 +19,7 @@ updates; of the ViT papers for AdamW (with the batch's root)."""
 SHARP_FROM = 0.5
 """Share of the training before a method is sharpness-aware: in the first epochs from random weights it slows learning,
 and the choice of the hardest samples makes the loss rise."""
-MEMORY_SHARE, COPIES = 0.5, 3.0
+MEMORY_SHARE, COPIES = 0.5, 1.5
 """Of a GPU's memory for activations, each of which needs about so many times its size."""
 MOST_PER_GPU = 256
 LEAST_UPDATES = 8
