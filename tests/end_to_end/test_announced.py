@@ -30,7 +30,7 @@ def told():
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    return ("train", tiny, f"run.folder={tmp_path / 'run'}", "train.log_every=1")
+    return ("train", tiny, f"run.folder={tmp_path / 'run'}", "train.log_every=1", "optim.warmup_epochs=0")
 
 
 def test_a_run_says_what_it_trains_and_what_came_of_it(run, tmp_path, told):
@@ -46,7 +46,7 @@ def test_more_epochs_and_another_batch_are_announced_and_an_unchanged_run_is_not
     assert here(*run, "train.epochs=1").status == 0
     assert here(*run, "train.epochs=2", "data.batch_size=4").status == 0
     assert "4 images an update instead of 8 images; optim.lr stays 0.05" in told()
-    assert "train.epochs = 2 instead of 1: the schedule spans all epochs, so the rate jumps from 0 to 0.05" in told()
+    assert "train.epochs = 2 instead of 1: the schedule spans all epochs, so the rate jumps from 0 to 0.025" in told()
 
 
 def test_an_interrupted_run_goes_on_unannounced(run, told):
