@@ -34,7 +34,8 @@ _KINDS = {
 def takes(field: FieldInfo) -> str:
     """What the values of `field` are: `a number >= 0 and < 1`, or `one of sgd, adamw`."""
     kind: Any = field.annotation
-    return _takes(Annotated[(kind, *field.metadata)] if field.metadata else kind)
+    annotated: Any = Annotated
+    return _takes(annotated[(kind, *field.metadata)] if field.metadata else kind)
 
 
 def refused(fault: ErrorDetails, field: FieldInfo | None) -> str:
