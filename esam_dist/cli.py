@@ -12,12 +12,24 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from torch import nn
 
-from esam_dist import __version__, compare, config, evaluation, launch, pretrained, report, sharpness, ship
+from esam_dist import (
+    __version__,
+    announcements,
+    compare,
+    config,
+    doctor,
+    evaluation,
+    guide,
+    launch,
+    pretrained,
+    report,
+    sharpness,
+    ship,
+)
 from esam_dist.averaging import WeightAverage
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
@@ -29,13 +41,16 @@ from esam_dist.network import build_network, prepare_training
 from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks, joined
 from esam_dist.resume import find_state
-from esam_dist.run_folder import History, note_not_finite, open_run_folder, read_history
+from esam_dist.run_folder import History, describe, note_not_finite, open_run_folder, read_before, read_history
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.soundness import State
+from esam_dist.stop import Stop
 from esam_dist.train import Training, final_step, train
 
 USER_ERROR = 2
-STOPPED = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT
+
+logger = logging.getLogger(__name__)
 
 
 def program() -> NoReturn:
@@ -56,14 +71,17 @@ def program() -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 an error of the user's, 143 stopped by a signal after a checkpoint."""
+    """Run one command and exit: 0 done, 2 an error of the user's, 143 or 130 stopped by SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    args = _parsed(argv)
     try:
+        args = _parsed(argv)
         status = args.run(args) or 0
     except UserError as error:
         launch.mistake.say(error)
         status = USER_ERROR
+    except KeyboardInterrupt:
+        print("esam-dist: interrupted", file=sys.stderr)
+        status = INTERRUPTED
     sys.exit(status)
 
 
@@ -97,30 +115,42 @@ def _parser() -> argparse.ArgumentParser:
         added = command(name, run, text)
         added.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         added.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file")
-    added.add_argument("--check", action="store_true", help="only validate")
-    evaluation.add_arguments(command("evaluate", evaluation.run, "Score a checkpoint, and say what it gets wrong."))
+        config.add_config_help(added)
+    added.add_argument("--check", action="store_true", help="only validate, with the data if it is there")
+    added = command("evaluate", evaluation.run, "Score a checkpoint, and say what it gets wrong.")
+    evaluation.add_arguments(added)
+    config.add_config_help(added)
     prepare.add_arguments(command("prepare", prepare.run, "Write a dataset as indexed shards."))
-    launch.add_arguments(command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes."))
+    added = command("launch", launch.run, "Start a job on one node, several nodes, Slurm or Kubernetes.")
+    launch.add_arguments(added)
+    config.add_config_help(added)
     ship.export.add_arguments(command("export", ship.export.run, "Write the weights of a run as a file for others."))
     ship.predict.add_arguments(command("predict", ship.predict.run, "Say what images show."))
     compare.add_arguments(
-        command("compare", lambda args: compare.run(args, _catch_signals()), "Compare methods at equal time.")
+        command("compare", lambda args: compare.run(args, Stop.on_signals()), "Compare methods at equal time.")
     )
     sharpness.add_arguments(command("sharpness", sharpness.run, "Measure how flat the loss is around checkpoints."))
     report.add_arguments(command("report", report.run, "Write one HTML page about one or several runs."))
+    guide.init.add_arguments(command("init", guide.init.run, "Write a config for a prepared folder, which trains."))
+    guide.recipes.add_arguments(command("recipes", guide.recipes.run, "List the configs that come along, or print one"))
+    guide.models.add_arguments(command("models", guide.models.run, "List the networks that model.name takes."))
+    guide.completion.add_arguments(
+        command("completion", lambda args: guide.completion.run(args, _parser), "Print a shell's completion script.")
+    )
+    doctor.add_arguments(command("doctor", doctor.run, "Check this machine: one table, with remedies."))
     return parser
 
 
 def _config(args: argparse.Namespace) -> int:
     cfg = config.load(args.config, args.overrides)
-    print("valid" if args.check else config.dump(cfg), end="\n" if args.check else "")
+    print(guide.validity.told(cfg) if args.check else config.dump(cfg), end="\n" if args.check else "")
     return 0
 
 
 def _train(args: argparse.Namespace) -> int:
     cfg = config.load(args.config, args.overrides)
     ranks = Ranks.from_environment()
-    stop_requested = _catch_signals()
+    stop = Stop.on_signals()
     launch.lifeline.hold()
     # All that the user can get wrong is found here, before the ranks meet.
     data = open_train(cfg.data, seed=cfg.run.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
@@ -135,6 +165,8 @@ def _train(args: argparse.Namespace) -> int:
         if cfg.model.weights and ranks.is_first and saved is None:
             pretrained.begin(cfg, module.network)
         progress = _progress(cfg, saved, read_history(folder), data) if ranks.is_first else None
+        if progress is not None:
+            _announce(cfg, ranks, module, data, progress)
         with (
             closing(_open_metrics(cfg, ranks, folder, progress)) as metrics,
             joined(cfg.engine.collective_timeout_seconds),
@@ -148,7 +180,7 @@ def _train(args: argparse.Namespace) -> int:
             assert progress is not None
             metrics.take_up(progress)
             average = _average(cfg, module, progress)
-            parts = (data, validation, metrics, checkpoints, progress, stop_requested, average)
+            parts = (data, validation, metrics, checkpoints, progress, stop, average)
             run = Training(cfg, trainer, *parts, card=card.model_dump(), has_begun=launch.lifeline.begun)
             if saved is not None:
                 _take_up(run, saved)
@@ -160,7 +192,23 @@ def _train(args: argparse.Namespace) -> int:
                     note_not_finite(folder)
                 raise
             data.close()
-    return 0 if finished else STOPPED
+        if ranks.is_first and run.progress.step:
+            ended = announcements.finished if finished else announcements.stopped
+            logger.info("%s", ended(cfg, checkpoints, run.progress, stop))
+    return 0 if finished else stop.status
+
+
+def _announce(cfg: config.Config, ranks: Ranks, module: nn.Module, data: TrainData, progress: Progress) -> None:
+    """Say what is about to happen, and write it down, if anything is."""
+    before = read_before(cfg.run.folder) if progress.step else None
+    if before is not None and progress.step >= progress.planned_steps:
+        if idle := announcements.without_effect(before, cfg):
+            logger.warning("%s", idle)
+        return
+    for change in [] if before is None else announcements.changes(before, cfg, ranks, progress, data.num_samples):
+        logger.warning("%s", change)
+    logger.info("%s", announcements.opening(cfg, ranks, module, data, progress))
+    describe(cfg, ranks)
 
 
 def _take_up(run: Training, saved: State) -> None:
@@ -204,16 +252,3 @@ def _open_metrics(cfg: config.Config, ranks: Ranks, folder: Path, progress: Prog
         "precision": cfg.train.precision,
     }
     return Metrics(folder, cfg.metrics, ranks, run_info, progress)
-
-
-def _catch_signals() -> Callable[[], bool]:
-    """SIGTERM and the first Ctrl-C ask for an orderly stop; a second Ctrl-C ends the process."""
-    received: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-    return lambda: bool(received)

@@ -47,8 +47,16 @@ class History:
     """Ends because the training loss was not finite."""
 
 
+@dataclass(frozen=True)
+class Before:
+    """What the process trained with that was here last."""
+
+    cfg: config.Config
+    world_size: int
+
+
 def open_run_folder(cfg: config.Config, ranks: Ranks) -> Path:
-    """The run's folder, made and described where this is rank 0, with one more start in its history.
+    """The run's folder, made where this is rank 0, with one more start in its history; `describe` it then.
 
     Raises UserError when it holds a run of another configuration, or cannot be written.
     """
@@ -64,13 +72,33 @@ def open_run_folder(cfg: config.Config, ranks: Ranks) -> Path:
             _refuse_another(cfg, folder)
         # Without a checkpoint, only an unchanged configuration says that it is the same run.
         same = begun or (saved.exists() and saved.read_bytes() == config.dump(cfg).encode())
-        write_file(saved, config.dump(cfg))
-        write_file(folder / "environment.json", json.dumps(environment(ranks), indent=2) + "\n")
+        if not begun:
+            _describe(cfg, ranks)
         history = read_history(folder) if same else History()
         _write_history(folder, replace(history, starts=history.starts + 1))
     except OSError as error:
-        raise UserError(f"run.folder = {folder}: cannot be written ({error.strerror}); choose another") from error
+        raise UserError(_unwritable(folder, error)) from error
     return folder
+
+
+def describe(cfg: config.Config, ranks: Ranks) -> None:
+    """Write down what trains from here on: not before it is known that something is left to do; for rank 0.
+
+    Raises UserError where the folder cannot be written.
+    """
+    try:
+        _describe(cfg, ranks)
+    except OSError as error:
+        raise UserError(_unwritable(cfg.run.folder, error)) from error
+
+
+def read_before(folder: Path) -> Before | None:
+    """What the run in `folder` was trained with so far; None where nothing says so."""
+    try:
+        held = json.loads((folder / "environment.json").read_bytes())
+        return Before(config.load(folder / "config.yaml"), int(held["world_size"]))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def read_history(folder: Path) -> History:
@@ -108,6 +136,15 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "git": _git_revision(),
         "command": sys.argv,
     }
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"run.folder = {folder}: cannot be written ({error.strerror}); choose another"
+
+
+def _describe(cfg: config.Config, ranks: Ranks) -> None:
+    write_file(cfg.run.folder / "config.yaml", config.dump(cfg))
+    write_file(cfg.run.folder / "environment.json", json.dumps(environment(ranks), indent=2) + "\n")
 
 
 def _write_history(folder: Path, history: History) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from esam_dist.schedule import Schedule
+from esam_dist.wording import WORDS
 
 
 def _shares(schedule: Schedule) -> Schedule:
@@ -31,8 +32,9 @@ NonNegative = Annotated[Real, Field(ge=0.0)]
 BelowOne = Annotated[Real, Field(ge=0.0, lt=1.0)]
 UpToOne = Annotated[Real, Field(ge=0.0, le=1.0)]
 Folder = Annotated[Path, Field(strict=False)]
-Share = Annotated[Schedule, AfterValidator(_shares)]
-Radius = Annotated[Schedule, AfterValidator(_radii)]
+_FORMS = "a number, [[epoch, value], ...], or {from: A, to: B, epochs: N}"
+Share = Annotated[Schedule, AfterValidator(_shares), WithJsonSchema({WORDS: f"{_FORMS}; values above 0 and at most 1"})]
+Radius = Annotated[Schedule, AfterValidator(_radii), WithJsonSchema({WORDS: f"{_FORMS}; values at least 0"})]
 
 
 Faults = list[tuple[bool, str]]

@@ -35,7 +35,8 @@ def train(run: Training) -> bool:
     cfg, trainer, progress, num_samples = run.cfg, run.trainer, run.progress, run.data.num_samples
     last_step = final_step(cfg, progress, num_samples, samples_per_step(cfg, trainer))
     if progress.step >= last_step and trainer.ranks.is_first:
-        logger.info("step %d was the last: nothing is left to do; for more, raise train.epochs", progress.step)
+        key = "train.max_steps" if cfg.train.max_steps == last_step else "train.epochs"
+        logger.info("step %d was the last: nothing is left to do; for more, raise %s", progress.step, key)
     batches = Ahead(run.data.batches(progress.samples))
     with Saver(run) as saver:
         if progress.validation_is_missing and not _validate(run, saver, batches, is_last=progress.step >= last_step):

@@ -231,7 +231,7 @@ def _make(words: list[str]) -> None:
 
 
 def _pip(words: list[str]) -> None:
-    """What is installed is this package, by its folder or its name, with extras that it has; or one of our constraints."""
+    """What is installed is this package, by its folder or its name, with its extras; or what our constraints name."""
     text = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     extras = set(re.findall(r"^(\w+) = \[", text, re.MULTILINE))
     tested = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}

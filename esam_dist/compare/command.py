@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +24,10 @@ from esam_dist.files import write_file
 from esam_dist.lock import locked
 from esam_dist.ranks import Ranks
 from esam_dist.report.command import in_columns
+from esam_dist.stop import Stop
 
 log = logging.getLogger(__name__)
 
-STOPPED = 128 + signal.SIGTERM
 STUDY = "study.yaml"
 TUNING_DATA = "tuning_data"
 SMALL = 20_000
@@ -52,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and how long it takes; write nothing")
 
 
-def run(args: argparse.Namespace, stop_requested: Callable[[], bool]) -> int:
+def run(args: argparse.Namespace, stop: Stop) -> int:
     """Carry out a study, or go on with it. Raises UserError for what is wrong in its file, and for a run that fails.
 
-    Returns 0 when all runs are finished, 143 when a signal asked for a stop.
+    Returns 0 when all runs are finished, 143 or 130 when SIGTERM or Ctrl-C asked for a stop.
     """
     study = load(args.study)
     _refuse_another(study)
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace, stop_requested: Callable[[], bool]) -> int:
     for line in advice(study):
         log.warning("%s", line)
     # What the start of this process took is what that of a run takes.
-    runner = Runner(study, time.process_time(), stop_requested)
+    runner = Runner(study, time.process_time(), stop)
     if args.dry_run:
         _print_plan(_planned(study, calibrate.costs(study, keep=False), {}), runner)
         return 0
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace, stop_requested: Callable[[], bool]) -> int:
             finished = finished and runner.carry_out(outcome.runs)
         finally:
             _report(study, outcome)
-    return 0 if finished else STOPPED
+    return 0 if finished else stop.status
 
 
 def _refuse_another(study: Study) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from esam_dist import wording
 from esam_dist.config import strict_yaml
 from esam_dist.errors import UserError, printable
 from esam_dist.section import Count, Folder, Positive, Real, Section
@@ -160,7 +161,7 @@ def advice(study: Study) -> Iterable[str]:
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in fault["loc"] if part != "[key]")
-    words = fault["msg"].removeprefix("Value error, ")
+    words = wording.refused(fault, wording.field_at(Study, [part for part in fault["loc"] if part != "[key]"]))
     if fault["type"] == "missing":
         return f"{place} is missing; it is required (see docs/compare.md)"
     if fault["type"] == "extra_forbidden":

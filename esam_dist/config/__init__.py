@@ -7,7 +7,8 @@ flat(config)            every value, as `section.key`
 keys()                  every default with its description, as `section.key`
 """
 
+from esam_dist.config.explain import add_config_help
 from esam_dist.config.read import dump, flat, keys, load, parse
 from esam_dist.config.sections import Config
 
-__all__ = ["Config", "dump", "flat", "keys", "load", "parse"]
+__all__ = ["Config", "add_config_help", "dump", "flat", "keys", "load", "parse"]

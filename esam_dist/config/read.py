@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from esam_dist import wording
 from esam_dist.config import combinations, strict_yaml
 from esam_dist.config.secrets import shown, shown_override
 from esam_dist.config.sections import Config
@@ -40,6 +41,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 
 def parse(values: dict[str, Any], source: str) -> Config:
     """Check plain `values`, named `source` in errors, against the sections. Raises UserError for the first fault."""
+    # A section whose lines are all comments is one that says nothing.
+    values = {name: {} if section is None else section for name, section in values.items()}
     if isinstance(values.get("method"), dict):
         values = values | {"method": {"name": _method_name(values), **values["method"]}}
     try:
@@ -160,6 +163,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def _first_fault(error: ValidationError, source: str) -> str:
     fault = error.errors(include_url=False)[0]
     place = [str(part) for part in fault["loc"]]
+    method = ""
     if place[0] == "method" and len(place) > 1 and place[1] in METHODS:
         # Behind the section comes the method by whose keys it was read.
         method = place.pop(1)
@@ -167,19 +171,21 @@ def _first_fault(error: ValidationError, source: str) -> str:
             return _foreign_key(place[1], method, source)
     where = ".".join(place[:2])
     if len(place) > 2 and fault["type"] in ("extra_forbidden", "missing"):
-        what = f"{place[-1]!r} is missing" if fault["type"] == "missing" else f"has no {shown(place[-1])}"
-        return f"{source}: {where}: {what}; see docs/keys.md"
+        what = f"{shown(place[-1])} is missing" if fault["type"] == "missing" else f"has no key {shown(place[-1])}"
+        return f"{source}: {where}: {what}; see `esam-dist config --config-help {where}`"
     if place[1:2] == ["overrides"]:
         where = ".".join(place)
     if fault["type"] == "extra_forbidden":
         if where in ELSEWHERE:
             return f"{source}: unknown key {shown(where)}; {ELSEWHERE[where]} does it"
         return f"{source}: unknown key {shown(where)}; did you mean {', '.join(_nearest(where))}?"
-    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        given = fault["input"].get("name") if isinstance(fault["input"], dict) else None
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found") and isinstance(fault["input"], dict):
+        given = fault["input"].get("name")
         near = difflib.get_close_matches(str(given), METHODS, n=1) or ["esam"]
         return f"{source}: method.name = {shown(given)} is refused: give one of {', '.join(METHODS)}, such as {near[0]}"
-    return f"{source}: {where} = {shown(fault['input'])} is refused: {fault['msg'].removeprefix('Value error, ')}"
+    kind = METHODS[method] if method else type(getattr(Config(), place[0], None))
+    field = wording.field_at(kind, place[1:])
+    return f"{source}: {where} = {shown(fault['input'])} is refused: {wording.refused(fault, field)}"
 
 
 ELSEWHERE = {

@@ -51,6 +51,12 @@ def dump(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
+def flow(value: Any) -> str:
+    """`value` in one line, as it may stand behind a key."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 class _Dumper(yaml.SafeDumper):
     """Puts quotes also around text that only `parse` would take for a number; writes no aliases."""
 

@@ -69,9 +69,7 @@ class Ring:
     """
 
     def __init__(self, cfg: DataKeys, workers: int) -> None:
-        size = max([cfg.image_size, *(int(size) for _, size in cfg.progressive)])
-        self._slots = AHEAD * workers + 2 if workers else 0
-        self._length = cfg.batch_size * size * size * 3
+        self._slots, self._length = _room(cfg, workers)
         self._memory = _shared_bytes(self._slots * self._length, cfg, workers) if workers else torch.empty(0)
         self._key = next(_keys)
         _rings[self._key] = self
@@ -88,6 +86,18 @@ class Ring:
     def sent(self, number: int, raw: Raw) -> Any:
         """What a worker returns so that the owner gets `raw`, whose images begin the slot of batch `number`."""
         return _Sent(self._key, number, raw) if self._slots else raw
+
+
+def ring_bytes(cfg: DataKeys, workers: int) -> int:
+    """Shared memory that a ring takes."""
+    slots, length = _room(cfg, workers)
+    return slots * length
+
+
+def _room(cfg: DataKeys, workers: int) -> tuple[int, int]:
+    """Slots, and the bytes of each."""
+    size = max([cfg.image_size, *(int(size) for _, size in cfg.progressive)])
+    return AHEAD * workers + 2 if workers else 0, cfg.batch_size * size * size * 3
 
 
 _keys = itertools.count()

@@ -55,7 +55,7 @@ def check_metrics_ports(job: Job, cfg: config.Config) -> None:
             "choose a lower one"
         )
     for port in range(first, last + 1) if first else ():
-        error = _refusal(bind, port)
+        error = refusal(bind, port)
         if error is None:
             continue
         if error.errno == errno.EADDRINUSE:
@@ -70,7 +70,7 @@ def check_metrics_ports(job: Job, cfg: config.Config) -> None:
 
 def check_rendezvous_port(job: Job) -> None:
     """Nobody listens where this node is to: the nodes, or the ranks, meet there."""
-    error = _refusal("", job.port)
+    error = refusal("", job.port)
     # An agent without a number may be the second on this machine: it joins the first one's rendezvous.
     if error is None or (job.launcher == "torchrun" and job.node_rank is None and _is_rendezvous(job)):
         return
@@ -107,7 +107,7 @@ def is_head(job: Job) -> bool:
         address = socket.getaddrinfo(job.host, 0, type=socket.SOCK_STREAM)[0][4][0]
     except OSError:
         return False
-    return _refusal(str(address), 0) is None
+    return refusal(str(address), 0) is None
 
 
 def make_logs(logs: Path) -> None:
@@ -147,7 +147,7 @@ def _version(name: str) -> str:
         return "from its source folder"
 
 
-def _refusal(host: str, port: int) -> OSError | None:
+def refusal(host: str, port: int) -> OSError | None:
     """Why nobody can listen at `port` of `host`; None: it is free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError, model_serializer, model_validator
 from torch import nn
 
+from esam_dist import wording
 from esam_dist.errors import UserError
 from esam_dist.schedule import Schedule
 from esam_dist.section import Count, Faults, Radius, Section, UpToOne
@@ -141,7 +142,7 @@ def _first_fault(kind: type[Method], error: ValidationError) -> str:
     key = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
         return f"methods.{kind.__name__} has no key {key!r}; it has {', '.join(kind.model_fields)}"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = wording.refused(fault, wording.field_at(kind, fault["loc"]))
     return f"methods.{kind.__name__}: {key} = {fault['input']!r:.80} is refused: {message}"
 
 

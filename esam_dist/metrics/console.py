@@ -20,6 +20,25 @@ def wants_bar(progress: str) -> bool:
     return progress == "bar" or (progress == "auto" and sys.stderr.isatty())
 
 
+# Digits stay, the bar takes what is left; what does not fit tqdm would cut off on the right, where the news is.
+BAR_FORMAT = "{n_fmt}/{total_fmt}[{bar}] {elapsed}<{remaining}  {postfix}"
+LEAST_BAR, WIDTH = 4, 80
+
+
+def fitting(row: TrainRow, columns: int) -> str:
+    """The values that fit into `columns`, those that matter most before others, in their usual order."""
+    words = _train_words(row)
+    by_weight = sorted(words, key=lambda word: WEIGHT.get(word.split()[0] if word[0].isalpha() else "images", 9))
+    kept: list[str] = []
+    for word in by_weight:
+        if len("  ".join([*kept, word])) <= columns:
+            kept.append(word)
+    return "  ".join(word for word in words if word in kept)
+
+
+WEIGHT = {name: place for place, name in enumerate(("loss", "epoch", "images", "lr", "sharpness", "kept"))}
+
+
 class LogLines:
     """One log line per row."""
 
@@ -51,7 +70,9 @@ class ProgressBar:
     def __init__(self, total_steps: int) -> None:
         from tqdm import tqdm
 
-        self._bar: tqdm[NoReturn] = tqdm(total=total_steps, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._bar: tqdm[NoReturn] = tqdm(
+            total=total_steps, dynamic_ncols=True, file=sys.stderr, bar_format=BAR_FORMAT, ascii=" -"
+        )
         self._fresh = True
 
     def progress(self, step: int) -> None:
@@ -63,7 +84,10 @@ class ProgressBar:
 
     def train(self, row: TrainRow) -> None:
         """Show one interval."""
-        self._bar.set_postfix_str("  ".join(_train_words(row)), refresh=False)
+        drawn = self._bar.format_dict
+        # Digits of the steps, two times of at most 8 characters, and the signs between them.
+        taken = 2 * len(str(drawn["total"])) + len("/[] 00:00:00<00:00:00  ") + LEAST_BAR
+        self._bar.set_postfix_str(fitting(row, (drawn["ncols"] or WIDTH) - 1 - taken), refresh=False)
 
     def validation(self, row: ValidationRow) -> None:
         """Leave one line above the bar."""

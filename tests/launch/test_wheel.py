@@ -29,7 +29,7 @@ def files(folder):
 def wheel(tmp_path_factory):
     """The path of the wheel; built from a copy, as setuptools writes beside its sources."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("esam_dist", "launch"):
+    for name in ("esam_dist", "launch", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
@@ -67,6 +67,7 @@ def test_wheel_holds_every_package_and_every_file_of_launch(wheel):
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {f"esam_dist/{name}" for name in files(ROOT / "esam_dist")}
     expected |= {f"{FILES}/{name}" for name in files(ROOT / "launch")}
+    expected |= {f"esam_dist/guide/files/{name}" for name in files(ROOT / "configs")}
     assert held == expected, "a new package belongs into `packages` of pyproject.toml"
 
 
@@ -82,6 +83,11 @@ def test_installed_manifests_and_slurm_script_are_rendered_as_in_the_source_tree
     monkeypatch.chdir(run.folder)
     assert launch.run(parser.parse_args(words)) == 0
     assert printed == capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_installed_recipes_are_those_of_the_source_tree(run):
+    assert run("esam-dist", "recipes", "digits_esam") == (ROOT / "configs/digits_esam.yaml").read_text()
 
 
 @pytest.mark.slow

@@ -58,7 +58,9 @@ def test_every_part_has_a_floor():
 def test_the_wheel_holds_every_package():
     text = (ROOT / "pyproject.toml").read_text().partition("\npackages = [")[2].partition("]")[0]
     folders = {".".join(path.relative_to(ROOT).parts) for path in PACKAGE.rglob("*") if (path / "__init__.py").exists()}
-    assert set(re.findall('"(.*?)"', text)) == {"esam_dist", "esam_dist.launch.files"} | folders
+    assert (
+        set(re.findall('"(.*?)"', text)) == {"esam_dist", "esam_dist.launch.files", "esam_dist.guide.files"} | folders
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
@@ -90,7 +92,7 @@ def test_only_the_engine_package_knows_deepspeed(path):
     ("module", "names"),
     [
         ("esam_dist.checkpoint", ["Checkpoints", "Outcome", "STEP", "Writer", "read"]),
-        ("esam_dist.config", ["Config", "dump", "flat", "keys", "load", "parse"]),
+        ("esam_dist.config", ["Config", "add_config_help", "dump", "flat", "keys", "load", "parse"]),
         ("esam_dist.data", ["Batch", "TrainData", "ValidationData", "open_samples", "open_train", "open_validation"]),
         ("esam_dist.data.prepare", ["add_arguments", "prepare_digits", "run"]),
         ("esam_dist.engine", ["MicroBatches", "build_engine"]),

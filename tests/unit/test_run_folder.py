@@ -12,7 +12,7 @@ from esam_dist import config
 from esam_dist.config import Config
 from esam_dist.errors import UserError
 from esam_dist.ranks import Ranks
-from esam_dist.run_folder import MAY_CHANGE, History, note_not_finite, open_run_folder, read_history
+from esam_dist.run_folder import MAY_CHANGE, History, describe, note_not_finite, open_run_folder, read_history
 
 
 @pytest.fixture
@@ -64,7 +64,12 @@ def test_a_run_of_another_config_is_refused_by_key_and_both_values(folder, overr
     "override", ["train.epochs=40", "engine.name=deepspeed", "metrics.port=9100", "data.workers=0", "checkpoint.keep=5"]
 )
 def test_how_far_where_and_how_watched_may_change(folder, override):
-    open_run_folder(configured(begun(folder), override), Ranks())
+    cfg = configured(begun(folder), override)
+    before = (folder / "config.yaml").read_text()
+    open_run_folder(cfg, Ranks())
+    # Not before it is known that something is left to do.
+    assert (folder / "config.yaml").read_text() == before
+    describe(cfg, Ranks())
     key, _, value = override.partition("=")
     assert str(config.flat(config.load(folder / "config.yaml"))[key]) == value
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `prepare SOURCE OUT [options]` on `parser`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "sources:\n" + "\n".join(f"  {name:14} {text}" for name, text in SOURCES.items())
-    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="what to prepare, see below")
+    parser.add_argument("source", choices=list(SOURCES), metavar="SOURCE", help="what to prepare, see below")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, or to check")
     parser.add_argument("--from", dest="origin", type=Path, metavar="PATH", help="where the source's files are")
     parser.add_argument("--seed", type=int, default=0, help="of the samples' order and of a split (default: 0)")
