@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from esam_dist import config
 from esam_dist.checkpoint import STEP, Checkpoints, read
@@ -40,6 +41,7 @@ def find_state(cfg: config.Config, checkpoints: Checkpoints, module: nn.Module) 
     path, state = found
     check_network(path, state, cfg, module)
     fit_optimizer(path, state, cfg, module)
+    check_memory(path, state, module)
     logger.info("continuing from %s", path)
     return state
 
@@ -82,8 +84,7 @@ def named(wanted: str, own: Path, key: str) -> tuple[Path, State]:
 
 def check_network(path: Path, state: State, cfg: config.Config, module: nn.Module) -> None:
     """Raise UserError for a checkpoint of another network."""
-    shapes = {name: value.shape for name, value in module.state_dict().items()}
-    if {name: value.shape for name, value in state["engine"]["model"].items()} != shapes:
+    if _kinds(state["engine"]["model"]) != _kinds(module.state_dict()):
         raise UserError(
             f"checkpoint {path}: holds another network than model.name = {cfg.model.name} with these classes; "
             "use the configuration that it was trained with"
@@ -103,7 +104,10 @@ def fit_optimizer(path: Path, state: State, cfg: config.Config, module: nn.Modul
         entry = saved.get(name, {})
         if cfg.optim.name == "sgd":
             entry = {key: value for key, value in entry.items() if key != "momentum_buffer" or key in wanted}
-        misshapen = any(value.shape != param.shape for key, value in entry.items() if key != "step")
+        # AdamW's number of updates is one.
+        misshapen = any(
+            _kind(value) != (torch.Size() if key == "step" else param.shape, True) for key, value in entry.items()
+        )
         if entry and (entry.keys() != wanted or misshapen):
             raise UserError(_another_optimizer(path, entry, cfg))
         fitted[name] = entry
@@ -114,6 +118,32 @@ def fit_optimizer(path: Path, state: State, cfg: config.Config, module: nn.Modul
     native = cfg.engine.name == "native"
     updated_first = sorted(fitted.items(), key=lambda item: not item[1])
     state["engine"]["optimizer"] = {name: entry for name, entry in updated_first if entry or not native}
+
+
+def check_memory(path: Path, state: State, module: nn.Module) -> None:
+    """Raise UserError where what the method remembers, or the average, is of other weights than those of `module`."""
+    trained = {name: _kind(param) for name, param in module.named_parameters() if param.requires_grad}
+    buffers = {name: _kind(buffer) for name, buffer in module.named_buffers()}
+    average = state.get("average", {})
+    remembered = state.get("method", {}).values()
+    alike = all([_kind(tensor) for tensor in vector] == [*trained.values()] for vector in remembered)
+    alike &= all(_kinds(copy) == trained for copy in average.get("copies", []))
+    statistics = _kinds(average.get("statistics", {}))
+    alike &= all(buffers.get(name) == kind for name, kind in statistics.items())
+    if not alike:
+        raise UserError(
+            f"checkpoint {path}: what its method remembers, or its average of the weights, is of another network; use "
+            "another checkpoint"
+        )
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, bool]:
+    """Its shape, and whether it holds fractions."""
+    return tensor.shape, tensor.is_floating_point()
+
+
+def _kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, bool]]:
+    return {name: _kind(tensor) for name, tensor in tensors.items()}
 
 
 def _kept_by(optim: OptimKeys) -> set[str]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,8 +18,10 @@ from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import Batch, TrainData, ValidationData
 from esam_dist.errors import CheckpointNotWrittenError, LossNotFiniteError, UserError
 from esam_dist.evaluate import Evaluation, evaluate
+from esam_dist.fingerprint import Replicas
 from esam_dist.metrics import Metrics, TrainRow, ValidationRow
 from esam_dist.progress import Progress
+from esam_dist.ranks import Ranks
 from esam_dist.schedule import LearningRate
 from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.step import Moment, StepStats
@@ -42,6 +44,8 @@ class Training:
     stop_requested: Callable[[], bool]
     average: WeightAverage | None = None
     """Of the weights, validated beside them."""
+    replicas: Replicas = field(default_factory=lambda: Replicas(Ranks(), 0))
+    """Compares them over ranks."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def train(run: Training) -> bool:
 
     A stop is agreed on by all ranks when metrics are due, and leaves a checkpoint.
     An update whose gradient is not finite is skipped. Raises LossNotFiniteError for too many in a row, or for a loss
-    that is not finite in an update that was made: before the next checkpoint, so that the last one is sound.
+    that is not finite in an update that was made, and ReplicasDifferError where a rank holds other weights than the
+    others: before the next checkpoint, so that the last one is sound.
     """
     cfg, trainer, progress, num_samples = run.cfg, run.trainer, run.progress, run.data.num_samples
     samples_per_step = cfg.data.batch_size * trainer.ranks.world_size * cfg.train.accumulate
@@ -92,9 +97,11 @@ def train(run: Training) -> bool:
         validates = is_last or is_passed(cfg.train.validate_every, begun, ended)
         stops = False
         if progress.step % cfg.train.log_every == 0 or saves or validates:
+            run.replicas.begin(trainer.engine.replicated(), progress.step)
             row, stops = window.close(moment, lr)
             run.metrics.train(row)
             _check_finite(run, row, window)
+            _check_alike(run)
         accuracy = _validate(run, batches) if validates else None
         if saves or stops or validates:
             _save(run, accuracy, is_last=is_last)
@@ -162,6 +169,16 @@ def _check_finite(run: Training, row: TrainRow, window: Window) -> None:
     )
 
 
+def _check_alike(run: Training) -> None:
+    newest = run.checkpoints.newest_name()
+    run.replicas.end(
+        run.progress.step,
+        "there is no checkpoint to go back to; start again on other devices"
+        if newest == "none"
+        else f"started again, on other devices, the run goes on from {newest}, the last sound checkpoint",
+    )
+
+
 def _validate(run: Training, batches: Ahead) -> float:
     start, skipped = time.perf_counter(), dict(run.validation.skipped)
     raw = _evaluate(run)
@@ -202,6 +219,8 @@ def _evaluate_average(run: Training, average: WeightAverage, batches: Ahead) -> 
 def _save(run: Training, accuracy: float | None, *, is_last: bool) -> None:
     """Write a checkpoint. One that the disk refuses ends the run only where it was to be the last."""
     start, step, ranks = time.perf_counter(), run.progress.step, run.trainer.ranks
+    run.replicas.begin(run.trainer.engine.replicated(), step, saves=True)
+    _check_alike(run)
     engine_state = run.trainer.engine.state_dict()
     failure: UserError | None = None
     if ranks.is_first:

@@ -1,7 +1,7 @@
 """python -m benchmarks.fuzz TARGET --minutes N: fuzz what reads files, and add a row to results/campaign.csv.
 
-TARGET is one of those in `targets`, or `all`. Needs the extra `fuzz`. The corpus and what was found stay in --folder, for
-the next time to go on from. Exits with 1 where anything was found.
+TARGET is one of those in `targets`, or `all`. Needs the extra `fuzz`. The corpus and what was found stay in --folder,
+for the next time to go on from. Exits with 1 where anything was found.
 """
 
 from __future__ import annotations

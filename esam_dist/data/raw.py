@@ -52,6 +52,8 @@ class Raw(NamedTuple):
     skips: list[Skip]
     num_read: int
     """Samples that were looked at for it, good and bad."""
+    keys: tuple[str, ...] = ()
+    """Of a stream: shard and key of each sample, [B]. An index tells those of its samples from their place."""
 
 
 class Ring:

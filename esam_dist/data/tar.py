@@ -235,8 +235,8 @@ class _Bounded:
 _KINDS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
     b"\x1f\x8b": lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb")),
     b"BZh": lambda file: cast(IO[bytes], bz2.BZ2File(file)),
-    b"\xfd7zXZ\0": lambda file: cast(IO[bytes], lzma.LZMAFile(file)),
-    b"]\0\0\x80": lambda file: cast(IO[bytes], lzma.LZMAFile(file)),
+    b"\xfd7zXZ\0": lambda file: cast(IO[bytes], lzma.LZMAFile(file)),  # noqa: SIM115  # its owner closes it
+    b"]\0\0\x80": lambda file: cast(IO[bytes], lzma.LZMAFile(file)),  # noqa: SIM115
 }
 
 

@@ -22,13 +22,18 @@ from esam_dist.engine import MicroBatches, build_engine
 from esam_dist.errors import UserError
 from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks
-from esam_dist.resume import check_network, fit_optimizer
+from esam_dist.resume import check_memory, check_network, fit_optimizer
 from esam_dist.step import MethodState
 
 ODD: tuple[Callable[[], Any], ...] = (
     *(lambda: None, lambda: -1, lambda: 10**30, lambda: math.nan, lambda: True, lambda: "text", lambda: 1e308),
     *(list, dict, lambda: [1, [2]], lambda: {"a": {"b": 1}}, lambda: {1: 2}),
-    *(lambda: torch.zeros(()), lambda: torch.zeros(0), lambda: torch.zeros(2, 3), lambda: torch.full((3, 2), torch.nan)),
+    *(
+        lambda: torch.zeros(()),
+        lambda: torch.zeros(0),
+        lambda: torch.zeros(2, 3),
+        lambda: torch.full((3, 2), torch.nan),
+    ),
     *(lambda: torch.zeros(3, 2, dtype=torch.int64), lambda: torch.zeros(3, 2, dtype=torch.bool)),
     *(lambda: torch.zeros(3, 2, dtype=torch.complex64), lambda: torch.zeros(3, 2).to_sparse()),
     *(lambda: torch.zeros(3, 2, dtype=torch.float64), lambda: torch.zeros(3, 2, device="meta")),
@@ -78,6 +83,7 @@ class CheckpointTarget:
         path, saved = found
         check_network(path, saved, self._cfg, self._module)
         fit_optimizer(path, saved, self._cfg, self._module)
+        check_memory(path, saved, self._module)
         Progress.of(saved["train"])
         self._engine.load_state_dict(saved["engine"])
         MethodState(self._module).load_state_dict(saved.get("method", {}))

@@ -24,7 +24,7 @@ class ConfigTarget:
         """The recipes, and one of each form of value."""
         recipes = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
         forms = [
-            b"train: {epochs: 5e-1, accumulate: 0x10}\noptim: {lr: .1}\xffmethod.name=sam\xffmethod.rho=[[0, 1], [2, .5]]",
+            b"train: {epochs: 5e-1, accumulate: 0x1}\noptim: {lr: 1}\xffmethod.name=sam\xffmethod.rho=[[0, 1], [2, 5]]",
             b"method:\n  name: recycled\n  phase: {from: 0.5, to: 1}\n\xffdata.path='a b'\xfftrain.compile=yes",
             b'run: {folder: "a\\u00e4"}\ndata: {mean: [0.1, 0.2, 0.3], progressive: [[0, 16], [2, 32]]}\n',
             b"data: &a {path: x}\nrun: *a\n---\n!!python/object {}\n\xffoptim.lr=010",
