@@ -10,6 +10,7 @@ import argparse
 import csv
 import platform
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ def campaign(name: str, minutes: float, seed: int, folder: Path) -> dict[str, ob
     """Fuzz one target for so long, again after whatever ended the process, and sum up."""
     folder.mkdir(parents=True, exist_ok=True)
     log, start = folder / "log", time.monotonic()
+    used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) / 60
     executions = edges = ends = peak = 0
     while (left := round(60 * minutes - (time.monotonic() - start))) > 0:
         words = [sys.executable, "-m", "benchmarks.fuzz.harness", name, str(folder), f"-max_total_time={left}"]
@@ -69,11 +71,14 @@ def campaign(name: str, minutes: float, seed: int, folder: Path) -> dict[str, ob
         ends += 1
         if status and time.monotonic() - start < 5.0:
             sys.exit(f"{name}: the fuzzer ends at once; {log} says why")
+    minutes_taken = (time.monotonic() - start) / 60
+    used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) / 60 - used
     lines, of_lines = covered(name, folder)
     row: dict[str, object] = {
         "target": name,
         "date": time.strftime("%Y-%m-%d"),
-        "minutes": round((time.monotonic() - start) / 60, 1),
+        "minutes": round(minutes_taken, 1),
+        "cpu_minutes": round(used, 1),
         "executions": executions,
         "processes": ends,
         "edges": edges,

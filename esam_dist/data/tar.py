@@ -30,7 +30,7 @@ _MAX_HEADERS = 8
 _MAX_TEXT = 1 << 20
 """Bytes of a long name, or of PAX records: paths have thousands, the attributes of files some ten thousands."""
 
-_FREE_BYTES = 1 << 28
+_FREE_BYTES = 1 << 26
 """So much any compressed archive may hold."""
 _MAX_RATIO = 32
 """Of more, so many times its own size. Small images gain little; what gains more is mostly zeros, made to exhaust."""

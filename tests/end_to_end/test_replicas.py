@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from esam_dist import SharpnessAware
-from tests.commands import TIMEOUT_SECONDS, here, on_ranks, rows
+from tests.commands import TIMEOUT_SECONDS, on_ranks
 
 pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS)
 
@@ -60,11 +60,3 @@ def test_a_flipped_bit_is_found_named_and_not_saved(tiny, tmp_path, engine, coun
     assert max(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == "step_00000005"
     if count == 3:
         assert "this is rank 1, on " in answers[1].err
-
-
-def test_unharmed_replicas_are_alike_and_one_rank_has_nothing_to_compare(tiny, tmp_path) -> None:
-    keys = ("train.check_replicas_every=1", "train.max_steps=7")
-    assert here("train", tiny, f"run.folder={tmp_path / 'one'}", *keys).status == 0
-    answers = on_ranks("train", tiny, f"run.folder={tmp_path / 'two'}", *keys)
-    assert [answer.status for answer in answers] == [0, 0]
-    assert [row["step"] for row in rows(tmp_path / "two")] == list(range(1, 8))

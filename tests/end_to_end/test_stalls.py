@@ -15,7 +15,7 @@ from esam_dist.watchdog import FOLDER, Watchdog, causes, innermost, watching
 from tests.commands import TIMEOUT_SECONDS, on_ranks, wait_for
 
 pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS)
-SECONDS = 6.0
+SECONDS = 5.0
 
 
 def stand_still_here(seconds: float) -> None:
@@ -29,7 +29,7 @@ def stall_rank_1(rank: int) -> None:
     def batches(self: TrainData, samples_seen: int) -> object:
         for number, batch in enumerate(made(self, samples_seen)):
             if rank == 1 and number == 3:
-                stand_still_here(4 * SECONDS)
+                stand_still_here(1.7 * SECONDS)
             yield batch
 
     TrainData.batches = batches

@@ -15,8 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "checksum", "clock", "schedule", "randomness", "progress", "averaging", "files", "soundness", "flops"},
     {"ranks", "section", "skips"},
-    {"fingerprint", "watchdog"},
-    {"step", "run_keys", "train_keys", "checkpoint_keys"},
+    {"fingerprint", "watchdog", "step", "run_keys", "train_keys", "checkpoint_keys"},
     {"methods"},
     {"models", "checkpoint", "data", "metrics", "engine", "lock"},
     {"config"},
