@@ -50,6 +50,7 @@ class Still:
     """So long it had stood still when it said so."""
     last: str
     """What it had done last."""
+    world_size: int = 1
 
     def line(self, where: str) -> str:
         """In words; `where` is the innermost call of its main thread."""
@@ -64,9 +65,9 @@ class Watchdog:
     Even where a call within C never gives the interpreter back, its stacks come out, in the log only.
     """
 
-    def __init__(self, folder: Path, rank: int, seconds: float) -> None:
-        self._path = folder / FOLDER / f"rank_{rank:05d}.txt"
-        self._rank, self._seconds = rank, seconds
+    def __init__(self, folder: Path, ranks: Ranks, seconds: float) -> None:
+        self._path = folder / FOLDER / f"rank_{ranks.rank:05d}.txt"
+        self._rank, self._world_size, self._seconds = ranks.rank, ranks.world_size, seconds
         began = time.monotonic()
         self.signs: list[Callable[[], Sign]] = [lambda: (began, "the start")]
         self._over = threading.Event()
@@ -106,7 +107,8 @@ class Watchdog:
                 faulthandler.cancel_dump_traceback_later()
 
     def _tell(self, seconds: float, last: str) -> None:
-        still = Still(self._rank, socket.gethostname(), os.getpid(), time.time() - seconds, seconds, last)
+        since = time.time() - seconds
+        still = Still(self._rank, socket.gethostname(), os.getpid(), since, seconds, last, self._world_size)
         with suppress(OSError):
             self._path.parent.mkdir(exist_ok=True)
             with self._path.open("w") as file:
@@ -122,7 +124,7 @@ class Watchdog:
 @contextmanager
 def watching(folder: Path, ranks: Ranks, timeout_seconds: float) -> Iterator[Watchdog]:
     """Watch this rank for the length of the block. An error that ends it is preceded by who stood still first."""
-    dog = Watchdog(folder, ranks.rank, SHARE * timeout_seconds)
+    dog = Watchdog(folder, ranks, SHARE * timeout_seconds)
     dog.start()
     try:
         yield dog
@@ -137,7 +139,10 @@ def watching(folder: Path, ranks: Ranks, timeout_seconds: float) -> Iterator[Wat
 
 
 def causes(folder: Path, since: float = 0.0) -> list[str]:
-    """Who stood still in the run in `folder`, the first one first, in a line each; said after Unix time `since`."""
+    """Who stood still in the run in `folder`, the first one first, in a line each; said after Unix time `since`.
+
+    Before them stands who has said nothing, as a process that is stopped or gone does not.
+    """
     found: list[tuple[Still, str, Path]] = []
     for path in sorted((folder / FOLDER).glob("rank_*.txt")):
         with suppress(OSError, ValueError, TypeError):
@@ -146,7 +151,12 @@ def causes(folder: Path, since: float = 0.0) -> list[str]:
             head, _, stacks = path.read_text(errors="replace").partition("\n")
             found.append((Still(**json.loads(head)), innermost(stacks), path))
     found.sort(key=lambda each: each[0].since)
-    return [
+    known = {still.rank for still, _, _ in found}
+    world_size = max((still.world_size for still, _, _ in found), default=0)
+    silent = [str(rank) for rank in range(world_size) if rank not in known]
+    unknown = f"no word from rank {', '.join(silent[:8])}{' and more' if len(silent) > 8 else ''}"
+    unknown += ": ended, stopped, or with another disk; others may wait for it"
+    return [unknown] * bool(silent) + [
         f"{'stood still first' if place == 0 else 'then'}: {still.line(where)}; its stacks: {path}"
         for place, (still, where, path) in enumerate(found)
     ]

@@ -4,28 +4,25 @@
 training thread, but not this server's. `/readyz` answers 200 from the first update on: then the ranks have met and the
 data is there.
 
-Whoever reaches the port must not slow the training: connections are bounded in number, bytes, seconds, and how fast
-they are taken. Of too many at a time the oldest goes, since an honest one is over in milliseconds.
+Whoever reaches the port must not slow the training (see `clients`).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from socketserver import TCPServer, ThreadingMixIn
-from typing import Any, cast
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from esam_dist.errors import UserError
+from esam_dist.metrics.clients import TICK_SECONDS, App, Clients, StartResponse
 
-StartResponse = Callable[..., Any]
+_QUEUE = 512
+"""Connections that wait in the kernel to be taken."""
 
 
 class Pulse:
@@ -65,7 +62,7 @@ class Server:
     def __init__(self, registry: CollectorRegistry, pulse: Pulse, bind: str, port: int) -> None:
         family, address = _resolve(bind, port)
         try:
-            self._server = _Server(family, address)
+            listener = _listening(family, address)
         except OSError as error:
             key = "metrics.port" if error.errno != _ADDRESS_UNKNOWN else "metrics.bind"
             value = port if key == "metrics.port" else bind
@@ -73,115 +70,36 @@ class Server:
                 f"{key} = {value}: cannot listen on {bind}:{port} ({error.strerror}); "
                 "choose a free port (each local rank adds its number), or metrics.port=0 for no endpoint"
             ) from None
-        self._server.set_app(_app(registry, pulse))
-        self.port: int = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="metrics", daemon=True).start()
+        self.port: int = listener.getsockname()[1]
+        self._clients = Clients(listener, _app(registry, pulse))
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._over.set()
+        self._thread.join()
+        self._clients.close()
+
+    def _serve(self) -> None:
+        while not self._over.wait(TICK_SECONDS):
+            self._clients.turn()
 
 
 _ADDRESS_UNKNOWN = 99  # EADDRNOTAVAIL: the machine has no such address
 
 
-MAX_OPEN = 64
-"""Connections at a time, of which each has a thread."""
-MAX_SECONDS = 5.0
-"""So long one may last."""
-MAX_HEAD_BYTES = 16 * 1024
-"""Of a request's first line and its headers."""
-MAX_PER_SECOND = 200.0
-"""Connections that are taken, in the long run; others wait in the kernel's queue."""
-_QUEUE = 512
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = MAX_SECONDS
-
-    def setup(self) -> None:
-        """See `StreamRequestHandler`."""
-        super().setup()
-        self.rfile = cast(io.BufferedIOBase, _Head(self.rfile))
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Say nothing: a scrape every few seconds would bury the log."""
-
-    def get_stderr(self) -> Any:
-        """Likewise of what a client makes go wrong."""
-        return io.StringIO()
-
-
-class _Head:
-    """The lines of a request. Raises ConnectionAbortedError beyond MAX_HEAD_BYTES."""
-
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file, self._left = file, MAX_HEAD_BYTES
-        self.close = file.close
-
-    def readline(self, size: int) -> bytes:
-        """As of files."""
-        line = self._file.readline(min(size, self._left))
-        self._left -= len(line)
-        if self._left <= 0:
-            raise ConnectionAbortedError
-        return line
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = _QUEUE
-
-    def __init__(self, family: socket.AddressFamily, address: tuple[Any, ...]) -> None:
-        self.address_family = family
-        self._turn = threading.Lock()
-        self._open: dict[socket.socket, float] = {}
-        self._next = 0.0
-        super().__init__(address[:2], _Handler)
-
-    def server_bind(self) -> None:
-        """Bind without HTTPServer's reverse look-up, which can hang where DNS does."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve it in a thread of its own; in the place of the oldest where there are too many."""
-        now = time.monotonic()
-        # Up to a second's worth at once; beyond that, this thread waits, and the kernel's queue grows.
-        self._next = max(self._next, now - 1.0) + 1.0 / MAX_PER_SECOND
-        time.sleep(max(0.0, self._next - now))
-        with self._turn:
-            oldest = next(iter(self._open)) if len(self._open) >= MAX_OPEN else None
-            self._open[request] = now
-        if oldest is not None:
-            self._end(oldest)
-        super().process_request(request, client_address)
-
-    def service_actions(self) -> None:
-        """End what lasts too long, byte by byte perhaps; called several times a second."""
-        with self._turn:
-            late = [request for request, since in self._open.items() if time.monotonic() - since > MAX_SECONDS]
-        for request in late:
-            self._end(request)
-
-    def shutdown_request(self, request: Any) -> None:
-        """See `TCPServer`; called when it is over."""
-        with self._turn:
-            self._open.pop(request, None)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a client that hangs up does not concern the training."""
-
-    def _end(self, request: socket.socket) -> None:
-        with self._turn:
-            # Not counted any more; its thread wakes, sees the end, and closes it.
-            if self._open.pop(request, None) is not None:
-                with suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
+def _listening(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address[:2])
+        listener.listen(_QUEUE)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _resolve(bind: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
@@ -194,7 +112,7 @@ def _resolve(bind: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...
     return found[0][0], found[0][4]
 
 
-def _app(registry: CollectorRegistry, pulse: Pulse) -> Callable[[dict[str, Any], StartResponse], Iterable[bytes]]:
+def _app(registry: CollectorRegistry, pulse: Pulse) -> App:
     metrics = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:

@@ -72,6 +72,8 @@ def test_who_stopped_first_comes_first_whatever_failed_first_and_old_stacks_do_n
     lines = causes(tmp_path)
     assert [int(re.search(r"rank (\d)", line)[1]) for line in lines] == [1, 2, 0]
     assert "in a1.py:3 f; its stacks: " in lines[0]
+    (tmp_path / FOLDER / "rank_00004.txt").write_text(json.dumps(head | {"rank": 4, "world_size": 6}) + "\n")
+    assert causes(tmp_path)[0].startswith("no word from rank 3, 5: ")
     assert causes(tmp_path, time.time() + 60) == []
     assert causes(tmp_path / "nothing") == []
 
@@ -124,7 +126,7 @@ def test_a_call_in_c_that_holds_the_interpreter_is_shown_too(tiny, tmp_path) -> 
 
 def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path, caplog, capfd) -> None:
     (tmp_path / FOLDER).write_text("in the way")
-    dog = Watchdog(tmp_path, 3, 0.1)
+    dog = Watchdog(tmp_path, Ranks(3, 3, 4), 0.1)
     dog.start()
     wait_for(lambda: "stands still" in caplog.text)
     dog.stop()
