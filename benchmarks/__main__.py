@@ -18,6 +18,10 @@ OTHERS = {
     "how fast images become batches": ["benchmarks.data", "--out", str(ROOT / "data/results/loaders_quick.csv")],
     "how well the windowed order shuffles": ["benchmarks.data.shuffle"],
     "what it costs to choose among all ranks": ["benchmarks.coordination"],
+    "what it costs to compare the weights over ranks": ["benchmarks.replicas"],
+    "what hostile clients of the metrics port cost": [
+        *("benchmarks.endpoint", "--rounds", "1", "--out", str(ROOT / "endpoint/results/endpoint_quick.csv"))
+    ],
 }
 
 

@@ -1,8 +1,8 @@
 """python -m benchmarks.endpoint: step time beside 500 hostile clients of the metrics port, and without, in turns.
 
-One rank trains a small network by SAM, and is scraped once a second. Its time of a step is taken in turns without and
-with the clients (slow ones, garbage, lines without end), in one run, so that what else the machine does meets both. The
-clients run on the same machine, at the lowest priority.
+One rank trains a small network by SAM, and is scraped once a second. Its time of a step is taken in turns, in one run,
+so that what else the machine does meets all: without the clients (slow ones, garbage, lines without end); with them at
+the port of another process, as they take time of the machine themselves; and with them at its own port.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from esam_dist.metrics.keys import MetricsKeys
 from esam_dist.progress import Progress
 from esam_dist.ranks import Ranks
 
+PLACES = ("no port", "another port", "its port")
 RESULTS = Path(__file__).parent / "results" / "endpoint.csv"
 
 
@@ -48,17 +49,21 @@ def main() -> None:
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         cfg = MetricsKeys(port=args.port, progress="lines")
-        with closing(Metrics(Path(folder), cfg, Ranks(), {}, Progress(planned_steps=1))) as metrics:
+        with (
+            closing(Metrics(Path(folder), cfg, Ranks(), {}, Progress(planned_steps=1))) as metrics,
+            elsewhere(args.port + 1),
+        ):
             rows = measured(args, trained(metrics))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    by = {kind: [row["step_ms_median"] for row in rows if row["clients"] == kind] for kind in (0, args.clients)}
-    ratios = [with_ / without for without, with_ in zip(*by.values(), strict=True)]
-    print(f"time of a step with {args.clients} clients over that without: {statistics.median(ratios):.3f}", end=" ")
-    print(f"(of each round: {', '.join(f'{ratio:.3f}' for ratio in ratios)})")
+    by = {place: [row["step_ms_median"] for row in rows if row["clients_at"] == place] for place in PLACES}
+    for other in ("another port", "no port"):
+        ratios = [here / there for here, there in zip(by["its port"], by[other], strict=True)]
+        print(f"time of a step with {args.clients} clients at its port over that with them at {other}:", end=" ")
+        print(f"{statistics.median(ratios):.3f} (of each round: {', '.join(f'{ratio:.3f}' for ratio in ratios)})")
 
 
 def trained(metrics: Metrics) -> Callable[[], None]:
@@ -84,31 +89,59 @@ def measured(args: argparse.Namespace, step: Callable[[], None]) -> list[dict[st
         step()
     rows = []
     for number in range(args.rounds):
-        for clients in (0, args.clients):
-            with scraping(args.port) as waits, attacking(args.port, clients):
+        for place in PLACES:
+            ports = {"its port": args.port, "another port": args.port + 1}
+            with scraping(args.port) as waits, attacking(ports.get(place), args.clients):
                 times, threads, files = [], 0, 0
+                begun, used = time.perf_counter(), server_seconds()
                 for _ in range(args.steps):
                     start = time.perf_counter()
                     step()
                     times.append(1000 * (time.perf_counter() - start))
                     threads = max(threads, threading.active_count())
                     files = max(files, len(os.listdir("/proc/self/fd")))
+                share = (server_seconds() - used) / (time.perf_counter() - begun)
             quartiles = statistics.quantiles(times, n=4)
             rows.append(
-                {"round": number, "clients": clients, "step_ms_median": round(quartiles[1], 2)}
+                {"round": number, "clients": args.clients, "clients_at": place}
+                | {"step_ms_median": round(quartiles[1], 2)}
                 | {"step_ms_q1": round(quartiles[0], 2), "step_ms_q3": round(quartiles[2], 2)}
                 | {"scrapes": len(waits), "scrape_ms_max": round(1000 * max(waits, default=0.0), 1)}
                 | {"scrapes_failed": sum(wait < 0 for wait in waits), "threads_max": threads, "descriptors_max": files}
+                | {"server_cpu_share": round(share, 4)}
                 | {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
             )
             print(rows[-1], flush=True)
     return rows
 
 
+def server_seconds() -> float:
+    """What the thread of the port has taken of the processor so far: the training cannot have had more of it."""
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "metrics")
+    fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def attacking(port: int, count: int) -> Iterator[None]:
-    """Inside the block, `count` hostile clients."""
-    if not count:
+def elsewhere(port: int) -> Iterator[None]:
+    """Inside the block, the same server in a process that does nothing else."""
+    source = (
+        "import sys, time; from prometheus_client import CollectorRegistry; "
+        "from esam_dist.metrics.health import Pulse, Server; "
+        "server = Server(CollectorRegistry(), Pulse(0.0), '127.0.0.1', int(sys.argv[1])); time.sleep(1e6)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", source, str(port)])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def attacking(port: int | None, count: int) -> Iterator[None]:
+    """Inside the block, `count` hostile clients of `port`."""
+    if port is None:
         yield
         return
     words = [sys.executable, "-m", "benchmarks.endpoint.clients", str(port), str(count)]

@@ -30,6 +30,8 @@ MAX_ANSWERS = 2
 """Requests answered in a turn: a page of metrics takes milliseconds to write."""
 MAX_SECONDS = 10.0
 """So long a connection may last."""
+LINGER_SECONDS = 0.5
+"""So long it may last beyond its answer."""
 MAX_HEAD_BYTES = 16 * 1024
 """Of a request's first line and its headers."""
 _METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS ", b"PATCH ")
@@ -131,6 +133,7 @@ class Clients:
             answer = _page(HTTPStatus.INTERNAL_SERVER_ERROR)
         client.answer = memoryview(answer)
         client.head.clear()
+        client.since = time.monotonic() - MAX_SECONDS + LINGER_SECONDS
         try:
             client.write()
         except BlockingIOError:

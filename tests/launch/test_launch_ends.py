@@ -134,13 +134,8 @@ def test_the_rank_that_stands_still_is_said_before_the_one_that_failed_of_it(dig
     with started([*words, *more], log, cwd=ROOT) as running:
         until(lambda: " step " in log.read_text(), 240, "a step")
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        ranks = {
-            dict(pair.partition("=")[::2] for pair in Path(f"/proc/{pid}/environ").read_text().split("\0")).get(
-                "RANK"
-            ): pid
-            for pid in children
-        }
-        os.kill(int(ranks["1"]), signal.SIGSTOP)
+        one = next(pid for pid in children if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text())
+        os.kill(int(one), signal.SIGSTOP)
         assert running.wait(200) == 1
     text = log.read_text()
     summary = text[text.rindex("no word from rank 1") :]

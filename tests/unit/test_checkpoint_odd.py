@@ -73,7 +73,7 @@ ODD = [
     *(("train/sharp_updates", "text"), ("train/skipped_in_a_row", -1), ("train/samples_seen", None)),
     *(("engine/model/0.bias", LONG), ("engine/model/0.bias", torch.zeros(3, dtype=torch.complex64))),
     *(("engine/model/0.bias", torch.zeros(3).to_sparse()), ("engine/model/0.bias", torch.zeros(3, device="meta"))),
-    *(("engine/optimizer/0.bias/momentum_buffer", LONG)),
+    ("engine/optimizer/0.bias/momentum_buffer", LONG),
 ]
 
 

@@ -12,16 +12,19 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
 from esam_dist.metrics import clients
-from esam_dist.metrics.clients import MAX_HEAD_BYTES, MAX_OPEN
+from esam_dist.metrics.clients import MAX_HEAD_BYTES
 from esam_dist.metrics.health import Pulse, Server
 from tests.commands import wait_for
 
+FEW = 20
+"""Connections that are held at a time, here."""
 OTHERS = 20
 """Descriptors of a process that come and go."""
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    monkeypatch.setattr(clients, "MAX_OPEN", FEW)
     registry = CollectorRegistry()
     Gauge("esam_step", "Updates.", registry=registry).set(7)
     built = Server(registry, Pulse(0.0), "127.0.0.1", 0)
@@ -55,7 +58,7 @@ def answer_to(port, request: bytes) -> bytes:
 def test_more_slow_clients_than_are_held_keep_no_scrape_waiting(server):
     threads, files = threading.active_count(), len(os.listdir("/dev/fd"))
     with contextlib.ExitStack() as held:
-        slow = [held.enter_context(connect(server.port)) for _ in range(2 * MAX_OPEN)]
+        slow = [held.enter_context(connect(server.port)) for _ in range(2 * FEW)]
         for client in slow:
             with contextlib.suppress(ConnectionError):
                 client.sendall(b"GET /met")
@@ -65,7 +68,7 @@ def test_more_slow_clients_than_are_held_keep_no_scrape_waiting(server):
             assert time.monotonic() - start < 10
         assert threading.active_count() <= threads
         # This process holds the other ends too.
-        assert len(os.listdir("/dev/fd")) <= files + len(slow) + MAX_OPEN + OTHERS
+        assert len(os.listdir("/dev/fd")) <= files + len(slow) + FEW + OTHERS
         # The oldest went first.
         slow[0].settimeout(10)
         with contextlib.suppress(ConnectionError):
@@ -110,7 +113,7 @@ def test_a_request_is_read_no_further_than_its_bound(server):
     before = int(Path("/proc/self/statm").read_text().split()[1])
     head = b"GET /healthz HTTP/1.0\r\n" + b"a: " + b"b" * 2 * MAX_HEAD_BYTES
     with contextlib.ExitStack() as held:
-        for _ in range(MAX_OPEN):
+        for _ in range(FEW):
             client = held.enter_context(connect(server.port))
             with contextlib.suppress(ConnectionError):
                 client.sendall(head)

@@ -50,7 +50,7 @@ class CheckpointTarget:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "checkpoints" / "step_00000004"
-        self._path.mkdir(parents=True)
+        self._path.mkdir(parents=True, exist_ok=True)
         self._cfg = config.parse({"train": {"average": "ema"}}, "fuzz")
         self._module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         batches = MicroBatches.of(8, self._cfg.train, self._cfg.method)
