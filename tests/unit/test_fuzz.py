@@ -11,6 +11,7 @@ import logging
 import resource
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -18,7 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz.targets import TARGETS, Target, attempt
+from esam_dist import config
 from esam_dist.data.tar import check_whole, contents
+from esam_dist.errors import UserError
 from tests.prepared import tar
 
 # A sparse tensor in a checkpoint makes torch say that it looks at it.
@@ -104,3 +107,34 @@ def test_an_archive_that_gains_little_may_be_of_any_size(monkeypatch: pytest.Mon
     random = Random(0)
     files = {f"{number}.png": random.randbytes(1000) for number in range(20)}
     assert dict(contents(io.BytesIO(gzip.compress(tar(files))))) == files
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "method.nam\0\0=sam",
+        "method.\udce5.rho=1",
+        "met\udce5hod.name=sam",
+        "method.name={shs: 90}",
+        "method.name=[1]",
+        "optim.l\u2028r=1",
+        "optim.\x1b[31mlr=1",
+    ],
+)
+@pytest.mark.parametrize("content", ["", "method: {name: [1, 2]}", "method: {name: {a: 1}}"])
+def test_an_odd_override_is_refused_in_one_line(tmp_path: Path, content: str, override: str) -> None:
+    path = tmp_path / "given.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        config.load(path, [override])
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["a\u2028b", "a\u200bb", "nam\x85e"])
+def test_an_odd_key_of_a_file_is_shown_in_one_line(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "given.yaml"
+    for content in (f'method: {{"{key}": 1}}', f'"{key}": {{a: 1}}', f'optim: {{"{key}": 1}}'):
+        path.write_text(content)
+        with pytest.raises(UserError) as caught:
+            config.load(path)
+        assert str(caught.value).isprintable()
