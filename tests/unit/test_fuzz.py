@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz.targets import TARGETS, Target, attempt
 from esam_dist import config
+from esam_dist.data.jpeg import Edges, cut, read_header
 from esam_dist.data.tar import check_whole, contents
 from esam_dist.errors import UserError
-from tests.prepared import tar
+from tests.prepared import jpeg, picture, tar
 
 # A sparse tensor in a checkpoint makes torch say that it looks at it.
 pytestmark = pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
@@ -138,3 +139,12 @@ def test_an_odd_key_of_a_file_is_shown_in_one_line(tmp_path: Path, key: str) -> 
         with pytest.raises(UserError) as caught:
             config.load(path)
         assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("wanted", [Edges(0, 900, 8, 908), Edges(900, 0, 908, 8), Edges(900, 900, 1000, 1000)])
+def test_a_jpeg_is_left_whole_where_what_is_wanted_lies_outside(wanted: Edges) -> None:
+    data = jpeg(picture(1, 2, (64, 48)), restart_marker_blocks=1)
+    header = read_header(data)
+    assert header is not None
+    assert header.restart
+    assert cut(data, header, wanted).data is data
