@@ -21,6 +21,10 @@ OTHERS = {
     "how long training stands still for a checkpoint": [
         *("benchmarks.checkpoint", "--rounds", "3", "--out", str(ROOT / "checkpoint/results/stall_quick.csv"))
     ],
+    "what it costs to compare the weights over ranks": ["benchmarks.replicas"],
+    "what hostile clients of the metrics port cost": [
+        *("benchmarks.endpoint", "--rounds", "1", "--out", str(ROOT / "endpoint/results/endpoint_quick.csv"))
+    ],
 }
 
 

@@ -35,6 +35,7 @@ from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, open_train, open_validation, prepare
 from esam_dist.engine import MicroBatches, build_engine
 from esam_dist.errors import LossNotFiniteError, UserError
+from esam_dist.fingerprint import Replicas
 from esam_dist.lock import locked
 from esam_dist.metrics import Metrics, rewind
 from esam_dist.network import build_network, prepare_training
@@ -46,6 +47,7 @@ from esam_dist.sharpness_aware import SharpnessAware
 from esam_dist.soundness import State
 from esam_dist.stop import Stop
 from esam_dist.train import Training, final_step, train
+from esam_dist.watchdog import watching
 
 USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -169,19 +171,23 @@ def _train(args: argparse.Namespace) -> int:
             _announce(cfg, ranks, module, data, progress)
         with (
             closing(_open_metrics(cfg, ranks, folder, progress)) as metrics,
+            watching(folder, ranks, cfg.engine.collective_timeout_seconds) as dog,
             joined(cfg.engine.collective_timeout_seconds),
         ):
             if cfg.model.weights:
                 ranks.take_from_first(module)
+            dog.signs.append(lambda: metrics.pulse.latest)
             batches = MicroBatches.of(cfg.data.batch_size, cfg.train, cfg.method)
             engine = build_engine(module, ranks, cfg.optim, cfg.engine, batches)
             trainer = SharpnessAware.over(engine, cfg.method, ranks, seed=cfg.run.seed)
+            dog.signs.append(lambda: trainer.clock.latest)
             saved, progress = ranks.share((saved, progress))
             assert progress is not None
             metrics.take_up(progress)
             average = _average(cfg, module, progress)
             parts = (data, validation, metrics, checkpoints, progress, stop, average)
             run = Training(cfg, trainer, *parts, card=card.model_dump(), has_begun=launch.lifeline.begun)
+            run.replicas = Replicas(ranks, cfg.train.check_replicas_every)
             if saved is not None:
                 _take_up(run, saved)
             del saved  # as large as all that is trained

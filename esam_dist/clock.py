@@ -17,10 +17,13 @@ class PhaseClock:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._stamps: list[tuple[str, torch.cuda.Event | float]] = []
+        self.latest = (time.monotonic(), "the start")
+        """When the host last began or ended a phase, and which: a sign of life."""
 
     def start(self) -> None:
         """Begin a new interval: time before this call is not counted, time until the next `end` is."""
         self._stamps.append(("", self._now()))
+        self.latest = (time.monotonic(), "the update before")
 
     def end(self, phase: str) -> None:
         """The time since the last stamp was spent in `phase` (data, ascent, score, select, descent, update, ...).
@@ -30,6 +33,7 @@ class PhaseClock:
         if not self._stamps:
             return
         self._stamps.append((phase, self._now()))
+        self.latest = (time.monotonic(), f"phase {phase!r}")
 
     def drain(self) -> dict[str, list[float]]:
         """Seconds of every stamped phase since the last drain, by name and in order. Waits for the device."""

@@ -4,6 +4,7 @@ ValueError
   UserError    one line naming key, value and remedy; the command line prints it and exits with status 2
     LossNotFiniteError           training cannot go on; counted in the run's history
       StateNotFiniteError        the same, seen where a checkpoint would be written
+    ReplicasDifferError          a rank holds other weights than the others; training cannot go on
     CheckpointNotWrittenError    the disk refused a checkpoint; training goes on, unless it was the last
 """
 
@@ -23,6 +24,10 @@ class LossNotFiniteError(UserError):
 
 class StateNotFiniteError(LossNotFiniteError):
     """Weights, buffers or the optimizer's state became infinite or NaN, perhaps before the loss did."""
+
+
+class ReplicasDifferError(UserError):
+    """The weights of a rank are not those of the others."""
 
 
 class CheckpointNotWrittenError(UserError):

@@ -151,6 +151,13 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return cast(T, box[0])
 
+    def collect(self, value: T) -> list[T]:
+        """Every rank's `value` (plain values), in the order of ranks, on every rank; for what is rare."""
+        box: list[T | None] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(box, value)
+        return cast(list[T], box)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
@@ -162,7 +169,7 @@ class Ranks:
         Each rank's running statistics come from its own batches. Averaging them after every update keeps replicas
         identical to the bit, so that validation and checkpoints do not depend on which rank is asked.
         """
-        buffers = moving_buffers(module)
+        buffers = averaged_buffers(module)
         if self.world_size > 1 and buffers:
             torch._foreach_copy_(buffers, self.average(buffers))
 
@@ -176,8 +183,8 @@ class Ranks:
                 value.copy_(sent)
 
 
-def moving_buffers(module: nn.Module) -> list[Tensor]:
-    """The floating-point buffers that a training pass may change.
+def averaged_buffers(module: nn.Module) -> list[Tensor]:
+    """The buffers that `Ranks.average_buffers` makes alike: the floating-point ones that a training pass may change.
 
     Not those of a BatchNorm in evaluation mode: a mean of equal numbers may differ from them by a rounding error.
     """

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from esam_dist import config
@@ -46,7 +47,7 @@ def find_state(cfg: config.Config, checkpoints: Checkpoints, module: nn.Module) 
     path, state = found
     check_network(path, state, cfg, module)
     fit_optimizer(path, state, cfg, module)
-    check_trained(path, state, module)
+    check_memory(path, state, module)
     logger.info("continuing from %s", path)
     return state
 
@@ -127,23 +128,22 @@ def no_run(folder: Path, key: str = "RUN") -> UserError:
 
 def check_network(path: Path, state: State, cfg: config.Config, module: nn.Module) -> None:
     """Raise UserError for a checkpoint of another network, or of another number of classes."""
-    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    saved = {name: tuple(value.shape) for name, value in state["engine"]["model"].items()}
-    if saved == shapes:
+    wanted, saved = _kinds(module.state_dict()), _kinds(state["engine"]["model"])
+    if saved == wanted:
         return
     remedy = (
         f"use the configuration that it was trained with; or, to begin from its weights, a new run.folder with "
         f"model.weights={path} in place of run.resume"
     )
-    first = next(name for name in [*shapes, *saved] if saved.get(name) != shapes.get(name))
-    if saved.keys() == shapes.keys():
+    first = next(name for name in [*wanted, *saved] if saved.get(name) != wanted.get(name))
+    if saved.keys() == wanted.keys():
         raise UserError(
             f"checkpoint {path}: holds another network than model.name = {cfg.model.name} with these classes ({first} "
-            f"is {list(saved[first])}, not {list(shapes[first])}); {remedy}"
+            f"is {_words(saved[first])}, not {_words(wanted[first])}); {remedy}"
         )
     raise UserError(
         f"checkpoint {path}: holds another network than model.name = {cfg.model.name} ({first} is "
-        f"{'missing' if first in shapes else 'unknown'}); {remedy}"
+        f"{'missing' if first in wanted else 'unknown'}); {remedy}"
     )
 
 
@@ -160,7 +160,10 @@ def fit_optimizer(path: Path, state: State, cfg: config.Config, module: nn.Modul
         entry = saved.get(name, {}) if param.requires_grad else {}
         if cfg.optim.name == "sgd":
             entry = {key: value for key, value in entry.items() if key != "momentum_buffer" or key in wanted}
-        misshapen = any(value.shape != param.shape for key, value in entry.items() if key != "step")
+        # AdamW's number of updates is one.
+        misshapen = any(
+            _kind(value) != (torch.Size() if key == "step" else param.shape, True) for key, value in entry.items()
+        )
         if entry and (entry.keys() != wanted or misshapen):
             raise UserError(_another_optimizer(path, entry, cfg))
         fitted[name] = entry
@@ -173,17 +176,35 @@ def fit_optimizer(path: Path, state: State, cfg: config.Config, module: nn.Modul
     state["engine"]["optimizer"] = {name: entry for name, entry in updated_first if entry or not native}
 
 
-def check_trained(path: Path, state: State, module: nn.Module) -> None:
-    """Raise UserError where the method's memory, or the average, is of a run in which other weights were frozen."""
-    trained = {name: param.shape for name, param in module.named_parameters() if param.requires_grad}
-    memory = state.get("method", {}).values()
-    averages = state.get("average", {}).get("copies", [])
-    fits = all([tensor.shape for tensor in vectors] == list(trained.values()) for vectors in memory)
-    if not fits or any(copy.keys() != trained.keys() for copy in averages):
+def check_memory(path: Path, state: State, module: nn.Module) -> None:
+    """Raise UserError where what the method remembers, or the average, is of other weights than those of `module`."""
+    trained = {name: _kind(param) for name, param in module.named_parameters() if param.requires_grad}
+    buffers = {name: _kind(buffer) for name, buffer in module.named_buffers()}
+    average = state.get("average", {})
+    remembered = state.get("method", {}).values()
+    alike = all([_kind(tensor) for tensor in vector] == [*trained.values()] for vector in remembered)
+    alike &= all(_kinds(copy) == trained for copy in average.get("copies", []))
+    statistics = _kinds(average.get("statistics", {}))
+    alike &= all(buffers.get(name) == kind for name, kind in statistics.items())
+    if not alike:
         raise UserError(
-            f"checkpoint {path}: other weights were frozen when it was trained; use the model.freeze of that run, or "
-            f"begin from its weights alone: model.weights = {path} in place of run.resume"
+            f"checkpoint {path}: what its method remembers, or its average of the weights, is of another network, or "
+            "other weights were frozen when it was trained; use the model.freeze of that run, or begin from its weights "
+            f"alone: model.weights = {path} in place of run.resume"
         )
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, bool]:
+    """Its shape, and whether it holds fractions."""
+    return tensor.shape, tensor.is_floating_point()
+
+
+def _words(kind: tuple[torch.Size, bool]) -> str:
+    return f"{list(kind[0])}{'' if kind[1] else ' of whole numbers'}"
+
+
+def _kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, bool]]:
+    return {name: _kind(tensor) for name, tensor in tensors.items()}
 
 
 def _kept_by(optim: OptimKeys) -> set[str]:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = (
     *("run.folder", "run.resume", "data.path", "data.workers", "data.batch_size"),
     *("train.accumulate", "train.epochs", "train.max_steps", "train.log_every", "train.validate_every"),
+    "train.check_replicas_every",
     *("engine.*", "checkpoint.*", "metrics.*"),
 )
 

@@ -54,6 +54,8 @@ class Saver:
         if self._ranks.is_first:
             # Before the copy, so that there is only one.
             self._writer.wait()
+        self._run.replicas.begin(self._run.trainer.engine.replicated(), step, saves=True)
+        self.check_alike()
         state = self._snapshot()
         if self._ranks.is_first:
             self._writer.begin(state, step, accuracy)
@@ -86,6 +88,16 @@ class Saver:
         if kind != WRITTEN:
             outcome = self._ranks.share(self._told)
         self._report(outcome, None)
+
+    def check_alike(self) -> None:
+        """End a comparison of the replicas, where one was begun. Raises ReplicasDifferError, on all ranks."""
+        newest = self._run.checkpoints.newest_name()
+        self._run.replicas.end(
+            self._run.progress.step,
+            "there is no checkpoint to go back to; start again on other devices"
+            if newest == "none"
+            else f"started again, on other devices, the run goes on from {newest}, the last sound checkpoint",
+        )
 
     def way_back(self) -> str:
         """See `Checkpoints`; what is being written counts."""

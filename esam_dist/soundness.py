@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 State = dict[str, Any]
+MOST = 1 << 53
+"""No run counts so far, and arithmetic in 64 bits holds up to there."""
+LATER = {"sharp_updates": 0, "skipped_in_a_row": 0}
+"""Counts that checkpoints of earlier versions may lack."""
+COUNTS = ("step", "samples_seen", *LATER)
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
@@ -19,7 +24,10 @@ def fault(state: object) -> str | None:
     missing = _missing(state)
     if missing:
         return f"holds no {missing} that could be read"
-    name = unsound(state)
+    try:
+        name = unsound(state)
+    except RecursionError:
+        return "is nested deeper than any state is"
     return f"{name} is not finite" if name else None
 
 
@@ -56,14 +64,38 @@ def _missing(state: State) -> str | None:
     scaler = engine.get("scaler", {})
     if not isinstance(scaler, dict) or (scaler and not all(_is_number(scaler.get(key)) for key in SCALER)):
         return "scale of float16 (engine.scaler)"
-    if not isinstance(train, dict) or not all(_is_count(train.get(key)) for key in ("step", "samples_seen")):
+    if not isinstance(train, dict) or not all(_is_count(train.get(key, LATER.get(key))) for key in COUNTS):
         return "place in the run (train.step, train.samples_seen)"
-    return None if isinstance(state.get("method", {}), dict) else "memory of the method (method)"
+    method = state.get("method", {})
+    if not isinstance(method, dict) or not all(map(_is_vector, method.values())):
+        return "memory of the method (method)"
+    return None if _is_average(state.get("average", {})) else "average of the weights (average)"
 
 
 def _is_table(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items()
+    return isinstance(value, dict) and all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+
+
+def _is_vector(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_plain, value))
+
+
+def _is_average(value: object) -> bool:
+    """What `WeightAverage` saves; nothing where none was asked for."""
+    if not isinstance(value, dict):
+        return False
+    copies, statistics = value.get("copies"), value.get("statistics", {})
+    known = isinstance(value.get("kind"), str) and _is_count(value.get("updates"))
+    return not value or (known and isinstance(copies, list) and all(map(_is_table, copies)) and _is_table(statistics))
+
+
+def _is_plain(value: object) -> bool:
+    """Whether `value` is a tensor of real numbers that has all of them in memory."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_complex() or value.is_quantized)
     )
 
 
@@ -72,4 +104,4 @@ def _is_number(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST

@@ -30,7 +30,8 @@ def train(run: Training) -> bool:
 
     A stop is agreed on by all ranks after an update or within a validation, and leaves a checkpoint.
     An update whose gradient is not finite is skipped. Raises LossNotFiniteError for too many in a row, or for a loss
-    that is not finite in an update that was made: before the next checkpoint, so that the last one is sound.
+    that is not finite in an update that was made, and ReplicasDifferError where a rank holds other weights than the
+    others: before the next checkpoint, so that the last one is sound.
     """
     cfg, trainer, progress, num_samples = run.cfg, run.trainer, run.progress, run.data.num_samples
     last_step = final_step(cfg, progress, num_samples, samples_per_step(cfg, trainer))
@@ -85,9 +86,11 @@ def _updates(run: Training, saver: Saver, batches: Ahead, last_step: int) -> boo
         saves = is_last or stops or saver.is_due or (progress.step % every == 0 if every else ended > begun)
         validates = is_last or is_passed(cfg.train.validate_every, begun, ended)
         if progress.step % cfg.train.log_every == 0 or saves or validates:
+            run.replicas.begin(trainer.engine.replicated(), progress.step)
             row = window.close(moment, lr)
             run.metrics.train(row)
             _check_finite(run, row, window, saver)
+            saver.check_alike()
         progress.validation_is_missing = validates
         if validates and not stops:
             if not _validate(run, saver, batches, is_last=is_last):

@@ -45,5 +45,8 @@ class TrainKeys(Section):
     """Updates between two rows of metrics; the host waits for the device only then."""
     max_skipped_updates: Annotated[int, Field(ge=0)] = 10
     """Updates in a row that may be skipped because the averaged gradient is not finite; one more stops the run."""
+    check_replicas_every: Annotated[int, Field(ge=0)] = 100
+    """Updates between two comparisons of the weights over all ranks, made with a row of metrics; also made before every
+    checkpoint. A difference stops the run; 0: never."""
     validate_every: Count = 1
     """Epochs between two validations; the last epoch is always validated."""

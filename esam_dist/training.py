@@ -10,8 +10,10 @@ from esam_dist import config
 from esam_dist.averaging import WeightAverage
 from esam_dist.checkpoint import Checkpoints
 from esam_dist.data import TrainData, ValidationData
+from esam_dist.fingerprint import Replicas
 from esam_dist.metrics import Metrics
 from esam_dist.progress import Progress
+from esam_dist.ranks import Ranks
 from esam_dist.sharpness_aware import SharpnessAware
 
 
@@ -29,6 +31,8 @@ class Training:
     stop_requested: Callable[[], bool]
     average: WeightAverage | None = None
     """Of the weights, validated beside them."""
+    replicas: Replicas = field(default_factory=lambda: Replicas(Ranks(), 0))
+    """Compares them over ranks."""
     card: dict[str, Any] = field(default_factory=dict)
     """What is saved with the weights, so that they can be used without the data and the configuration."""
     has_begun: Callable[[], None] = lambda: None

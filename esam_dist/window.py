@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from esam_dist import config
 from esam_dist.data import TrainData
+from esam_dist.files import write_file
 from esam_dist.metrics import TrainRow
 from esam_dist.progress import Progress
 from esam_dist.sharpness_aware import SharpnessAware
-from esam_dist.skips import Skips
+from esam_dist.skips import Begin, Skips, named
 from esam_dist.step import Moment, StepStats
+
+SKIPPED = "skipped_batch.json"
+"""In the run folder: the samples of the batch that began too long a series of skipped updates, by rank."""
 
 
 class Window:
@@ -32,6 +38,8 @@ class Window:
         self.is_lost = False
         """Whether a loss was not finite where the update was made all the same."""
         self._stats: list[torch.Tensor] = []
+        self._bad_micros: list[int] = []
+        """Of the update that began the latest series of skipped ones: those whose loss was not finite on this rank."""
         self._begin()
 
     def restart(self) -> None:
@@ -66,7 +74,7 @@ class Window:
             torch.cat([sums, sums.new_tensor([sum(phases.get("data", []))])])
         ).tolist()
         self.is_lost = lost > 0.0
-        skipped_updates = self._note_skips(skipped_U, not_finite_U)
+        skipped_updates = self._note_skips(skipped_U, not_finite_U, stats.not_finite.view(-1, accumulate))
         steps = progress.step - self._start_step
         samples = progress.samples - self._start_samples
         row = TrainRow(
@@ -93,13 +101,37 @@ class Window:
         self._begin()
         return row
 
-    def _note_skips(self, skipped_U: Tensor, not_finite_U: Tensor) -> int:
-        """How many updates were skipped; that is alike on all ranks, so that all ask together where it began."""
-        skipped = skipped_U.tolist()
+    def _note_skips(self, skipped_U: Tensor, not_finite_U: Tensor, micros_UA: Tensor) -> int:
+        """How many updates were skipped; that is alike on all ranks, so that all ask together where it began.
+
+        A: micro-batches of an update.
+        """
+        skipped, before = skipped_U.tolist(), self.skips.begin
         num_skipped = int(sum(skipped))
         whose = self._trainer.ranks.gather_later(not_finite_U).wait().tolist() if num_skipped else []
         self.skips.note(skipped, whose, (self._progress.samples - self._start_samples) // len(skipped))
+        begin = self.skips.begin
+        if begin is not None and begin is not before:
+            flags = micros_UA[begin.step - self._start_step - 1].tolist()
+            self._bad_micros = [micro for micro, flag in enumerate(flags) if flag]
+        if begin is not None and self.skips.excess is not None:
+            self.skips.excess += self._samples(begin)
         return num_skipped
+
+    def _samples(self, begin: Begin) -> str:
+        """Which samples began a series of skipped updates: a few in words, all in a file of the run folder."""
+        accumulate, ranks = self._cfg.train.accumulate, self._trainer.ranks
+        micros = [] if begin.ranks and ranks.rank not in begin.ranks else self._bad_micros or range(accumulate)
+        positions = [begin.start + micro * begin.samples // accumulate for micro in micros]
+        keys_W = ranks.collect([key for position in positions for key in self._data.keys_at(position)])
+        path = self._cfg.run.folder / SKIPPED
+        if not ranks.is_first:
+            return named(keys_W, begin.ranks)
+        held = {"step": begin.step, "samples": {str(rank): keys for rank, keys in enumerate(keys_W) if keys}}
+        with suppress(OSError):  # a full disk is not to hide why the run ends
+            write_file(path, json.dumps(held, indent=1) + "\n")
+            return f"{named(keys_W, begin.ranks)} ({path})"
+        return named(keys_W, begin.ranks)
 
     def _begin(self) -> None:
         progress = self._progress

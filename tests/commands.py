@@ -49,16 +49,21 @@ def here(*args: object) -> Answer:
     return Answer(ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
-def on_ranks(*args: object, count: int = 2, meanwhile: Callable[[list[int]], None] | None = None) -> list[Answer]:
+def on_ranks(
+    *args: object,
+    count: int = 2,
+    meanwhile: Callable[[list[int]], None] | None = None,
+    first: Callable[[int], None] | None = None,
+) -> list[Answer]:
     """Run `esam-dist ARGS` on `count` ranks: real processes that meet over gloo, as a launcher would start them.
 
-    `meanwhile` is called with their process ids.
+    `meanwhile` is called with their process ids; `first`, a function of a module, in each of them with its rank.
     """
     port = free_port()
     with TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(count)]
         ranks = [
-            SERVER.Process(target=_rank, args=(rank, count, port, [str(arg) for arg in args], *outputs[rank]))
+            SERVER.Process(target=_rank, args=(rank, count, port, [str(arg) for arg in args], *outputs[rank], first))
             for rank in range(count)
         ]
         for process in ranks:
@@ -137,9 +142,13 @@ def _started(command: list[str], env: dict[str, str]) -> Answer:
     return Answer(ended.returncode, ended.stdout, ended.stderr)
 
 
-def _rank(rank: int, count: int, port: int, args: list[str], out: Path, err: Path) -> None:
+def _rank(
+    rank: int, count: int, port: int, args: list[str], out: Path, err: Path, first: Callable[[int], None] | None
+) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    if first is not None:
+        first(rank)
     main(args)

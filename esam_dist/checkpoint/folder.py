@@ -70,7 +70,7 @@ class Checkpoints:
                 _remove(partial)
             raise CheckpointNotWrittenError(
                 f"checkpoint of step {step}: cannot be written to {self.folder} ({error.strerror or error}); "
-                f"make room or mend the disk; the newest there is {self._newest_name()}"
+                f"make room or mend the disk; the newest there is {self.newest_name()}"
             ) from error
         self._broken.discard(final.name)
         try:
@@ -111,7 +111,7 @@ class Checkpoints:
 
     def way_back(self) -> str:
         """What to add to the command of a run that diverged, so that it goes on otherwise than it did."""
-        newest = self._newest_name()
+        newest = self.newest_name()
         if newest == "none":
             return "there is no checkpoint to go back to; start again with a lower optim.lr"
         return f"to go on from the newest checkpoint, add run.folder=NEW run.resume={newest} optim.lr=LOWER"
@@ -145,7 +145,8 @@ class Checkpoints:
             more = f" and {len(strays) - 5} more" if len(strays) > 5 else ""
             logger.warning("%s: no checkpoints, passed over: %s%s", self.folder, ", ".join(sorted(strays)[:5]), more)
 
-    def _newest_name(self) -> str:
+    def newest_name(self) -> str:
+        """The newest that is not known as broken, without a look into it; `none` where there is none."""
         with suppress(UserError):
             found = [path for path in self.all() if path.name not in self._broken]
             return str(found[-1]) if found else "none"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from esam_dist.errors import UserError, printable
 from esam_dist.methods import METHODS
 
 logger = logging.getLogger(__name__)
+
+WORD = re.compile("[A-Za-z0-9_]+")
+"""What sections and keys are made of."""
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
@@ -35,7 +39,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _apply(values, override)
     if before != _method_name(values):
-        _drop_foreign(values, str(path), overrides or [], METHODS.get(before))
+        _drop_foreign(values, str(path), overrides or [], _method(before))
     return parse(values, str(path))
 
 
@@ -48,7 +52,7 @@ def parse(values: dict[str, Any], source: str) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(_first_fault(error, source)) from None
+        raise UserError(printable(_first_fault(error, source))) from None
     combinations.check(config)
     return config
 
@@ -109,12 +113,17 @@ def _method_name(values: dict[str, Any]) -> Any:
     return section.get("name", Config().method.name) if isinstance(section, dict) else Config().method.name
 
 
+def _method(name: Any) -> type[BaseModel] | None:
+    """The method of that name; None for what is no name of one."""
+    return METHODS.get(name) if isinstance(name, str) else None
+
+
 def _drop_foreign(values: dict[str, Any], path: str, overrides: list[str], before: type[BaseModel] | None) -> None:
     """After an override of `method.name`: forget the file's keys that the new method does not have, and say so.
 
     A key that both have stays, and is named where the methods have other defaults: MSAM's rho is ten times SAM's.
     """
-    kind = METHODS.get(_method_name(values))
+    kind = _method(_method_name(values))
     if kind is None:
         return
     given = {override.partition("=")[0] for override in overrides}
@@ -148,7 +157,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
     source = f"override {shown_override(override)}"
-    if not equals or not dot or not section or not name or "." in name:
+    if not equals or not dot or not WORD.fullmatch(section) or not WORD.fullmatch(name):
         raise UserError(f"{source}: must have the form section.key=value, such as train.epochs=5")
     # What is no UTF-8 on the command line is none in these bytes either, and refused.
     value = strict_yaml.parse(text.encode("utf-8", "surrogatepass"), source)
@@ -162,7 +171,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _first_fault(error: ValidationError, source: str) -> str:
     fault = error.errors(include_url=False)[0]
-    place = [str(part) for part in fault["loc"]]
+    place = [str(part) for part in fault["loc"]] or ["?"]
     method = ""
     if place[0] == "method" and len(place) > 1 and place[1] in METHODS:
         # Behind the section comes the method by whose keys it was read.

@@ -94,7 +94,8 @@ def cut(data: bytes, header: Header, wanted: Edges) -> Part:
     across, step_width = columns // step, step * mcu_width
     first, last = wanted.left // step_width, min(-(-wanted.right // step_width), across)
     above, below = wanted.top // mcu_height, min(-(-wanted.bottom // mcu_height), rows)
-    if (last - first) * (below - above) > WORTH * rows * across:
+    # Nothing of it is wanted where its header claims to be smaller than who asks takes it to be.
+    if first >= last or above >= below or (last - first) * (below - above) > WORTH * rows * across:
         return whole
     edges = _edges(data, header.scan, rows * across)
     if edges is None:

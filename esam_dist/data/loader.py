@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -23,10 +23,13 @@ from esam_dist.data.raw import AHEAD, Raw, Ring
 from esam_dist.data.samples import Change, Images, Samples
 from esam_dist.data.stream import Position, StreamedBatches, check_stream, load_stream
 from esam_dist.data.worker import outlive_stop
-from esam_dist.errors import UserError
+from esam_dist.errors import UserError, printable
 from esam_dist.ranks import Ranks
 
 log = logging.getLogger(__name__)
+
+KEPT_KEYS = 256
+"""Batches of a stream whose samples are still known: where an error names them, it is of the latest updates."""
 
 
 class Skipped:
@@ -77,6 +80,8 @@ class TrainSource(NamedTuple):
     """Endless, from a global position on."""
     num_samples: int
     class_names: list[str]
+    keys_at: Callable[[int], Sequence[str]]
+    """Shard and key of the samples of this rank's batch, where the global one begins at this position."""
     close: Callable[[], None] = lambda: None
     class_counts: tuple[int, ...] = ()
     """Samples of each class; empty where nobody knows."""
@@ -100,6 +105,14 @@ class TrainData:
     def batches(self, samples_seen: int) -> Iterator[Batch]:
         """Full batches, endless, from global position `samples_seen` on. Raises UserError for too many bad samples."""
         return self._finish(self._skipped.pass_on(self._source.raws(samples_seen)))
+
+    def keys_at(self, samples_seen: int) -> list[str]:
+        """What the batch of this rank held, whose global batch began at position `samples_seen`, by shard and key.
+
+        As ordered: in the place of a sample that could not be used, another one was shown. Nothing for a batch of a
+        stream that was read long ago.
+        """
+        return [printable(key) for key in self._source.keys_at(samples_seen)]
 
     def close(self) -> None:
         """Close the files; workers end with the iterator that started them."""
@@ -174,19 +187,34 @@ def open_train(cfg: DataKeys, *, seed: int, rank: int, world_size: int, device: 
         picks = order.batches(samples_seen, batch_size=cfg.batch_size, rank=rank, world_size=world_size)
         return load(split, cfg, picks, train=True, pin=device.type == "cuda")
 
+    def keys_at(samples_seen: int) -> list[str]:
+        ids = order.picks(samples_seen + rank * cfg.batch_size, cfg.batch_size).ids
+        return [split.describe(sample) for sample in ids.tolist()]
+
     counts = tuple(np.bincount(split.entries["label"], minlength=len(split.class_names)).tolist())
-    return TrainData(cfg, TrainSource(raws, split.num_samples, split.class_names, split.close, counts), device)
+    source = TrainSource(raws, split.num_samples, split.class_names, keys_at, split.close, counts)
+    return TrainData(cfg, source, device)
 
 
 def _open_stream(cfg: DataKeys, seed: int, rank: int, world_size: int, device: torch.device) -> TrainData:
     check_stream(cfg)
     class_names = read_description(cfg.path).classes
 
-    def raws(samples_seen: int) -> DataLoader[Any]:
-        at = Position(seed, rank, samples_seen, cfg.stream_samples, world_size * cfg.batch_size)
-        return load_stream(StreamedBatches(cfg, len(class_names), at), pin=device.type == "cuda")
+    samples_per_step = world_size * cfg.batch_size
+    latest: OrderedDict[int, tuple[str, ...]] = OrderedDict()
 
-    return TrainData(cfg, TrainSource(raws, cfg.stream_samples, class_names), device)
+    def raws(samples_seen: int) -> Iterator[Raw]:
+        at = Position(seed, rank, samples_seen, cfg.stream_samples, samples_per_step)
+        for raw in load_stream(StreamedBatches(cfg, len(class_names), at), pin=device.type == "cuda"):
+            latest[samples_seen] = raw.keys
+            if len(latest) > KEPT_KEYS:
+                latest.popitem(last=False)
+            samples_seen += samples_per_step
+            yield raw
+
+    return TrainData(
+        cfg, TrainSource(raws, cfg.stream_samples, class_names, lambda position: latest.get(position, ())), device
+    )
 
 
 def open_validation(

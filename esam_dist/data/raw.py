@@ -55,6 +55,8 @@ class Raw(NamedTuple):
     """Samples that were looked at for it, good and bad."""
     ids: NDArray[np.int64] | None = None  # [B]
     """In validation: which samples of the split they are."""
+    keys: tuple[str, ...] = ()
+    """Of a stream: shard and key of each sample, [B]. An index tells those of its samples from their place."""
 
 
 class Ring:

@@ -12,7 +12,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from random import Random
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class StreamedBatches(IterableDataset[Raw]):
         batch_size, pixels = len(images), images.numpy()
         labels = torch.empty(batch_size, dtype=torch.int64)
         skips: list[Skip] = []
+        keys: list[str] = []
         place = in_a_row = 0
         while place < batch_size and in_a_row < MAX_BAD_IN_A_ROW:
             sample = next(samples, None)
@@ -95,9 +96,10 @@ class StreamedBatches(IterableDataset[Raw]):
                 in_a_row += label is not sample
             else:
                 labels[place] = label
+                keys.append(_name(cast(Record, sample)))
                 place, in_a_row = place + 1, 0
         filled = batch_size if place == batch_size else 0
-        return Raw(images[:filled], labels[:filled], seed, skips, place + len(skips))
+        return Raw(images[:filled], labels[:filled], seed, skips, place + len(skips), keys=tuple(keys[:filled]))
 
     def _load(self, sample: Record, seed: int, out: Pixels) -> int | Skip:
         """Fill one place of a batch; returns the label."""
@@ -105,7 +107,7 @@ class StreamedBatches(IterableDataset[Raw]):
             data, label = self._parts(sample)
             self._view(data, seed, out)
         except SampleError as bad:
-            return Skip(f"{sample['__url__']}:{sample['__key__']}", bad.reason, bad.detail)
+            return Skip(_name(sample), bad.reason, bad.detail)
         return label
 
     def _parts(self, sample: Record) -> tuple[bytes, int]:
@@ -163,6 +165,10 @@ class StreamedBatches(IterableDataset[Raw]):
                 broken.clear()
         if broken or empty:
             yield Skip(url, "broken_shard", str(broken[0].args[0]) if broken else "holds no sample")
+
+
+def _name(sample: Record) -> str:
+    return f"{sample['__url__']}:{sample['__key__']}"
 
 
 def _members(url: str, file: IO[bytes], broken: list[Exception]) -> Iterator[Record]:

@@ -30,6 +30,13 @@ _MAX_HEADERS = 8
 _MAX_TEXT = 1 << 20
 """Bytes of a long name, or of PAX records: paths have thousands, the attributes of files some ten thousands."""
 
+_FREE_BYTES = 1 << 26
+"""So much any compressed archive may hold."""
+_MAX_RATIO = 32
+"""Of more, so many times its own size. Small images gain little; what gains more is mostly zeros, made to exhaust."""
+_MAX_FILE = 1 << 28
+"""Bytes of one file that is read whole: many times those of any image that is decoded."""
+
 _LABEL = re.compile(rb"\s*0*(\d{1,6})\s*")
 
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
@@ -69,6 +76,8 @@ def contents(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the files of a tar, which may be compressed. Raises one of BROKEN for a damaged one."""
     plain, end = _decompressed(file)
     for member in members(plain, end=end):
+        if member.size > _MAX_FILE:
+            raise tarfile.ReadError(f"a file of {member.size} bytes at byte {member.offset}: images are smaller")
         plain.seek(member.offset)
         data = _read(plain, member.size)
         if len(data) < member.size:
@@ -188,16 +197,46 @@ def _decompressed(file: IO[bytes]) -> tuple[IO[bytes], int | None]:
     if _header(file, 0) is None:
         for magic, kind in _KINDS.items():
             if start.startswith(magic):
+                most = max(_FREE_BYTES, _MAX_RATIO * file.seek(0, os.SEEK_END))
                 file.seek(0)
-                return cast(IO[bytes], kind(file)), sys.maxsize
+                return cast(IO[bytes], _Bounded(kind(file), most)), sys.maxsize
     return file, None
 
 
-_KINDS: dict[bytes, Callable[[IO[bytes]], object]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\0": lzma.LZMAFile,
-    b"]\0\0\x80": lzma.LZMAFile,
+class _Bounded:
+    """What a file decompresses to, as far as byte `most`. Raises tarfile.ReadError beyond.
+
+    A thousandth of it is enough to be written: it would fill the memory, or take for ever to read.
+    """
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file, self._most = file, most
+
+    def read(self, size: int) -> bytes:
+        """As of files; at most one byte more than may be is decompressed."""
+        data = self._file.read(min(size, self._most + 1 - self._file.tell()))
+        self._check(self._file.tell())
+        return data
+
+    def seek(self, place: int) -> int:
+        """As of files. Nothing is decompressed before a place that cannot be."""
+        self._check(place)
+        return self._file.seek(place)
+
+    def tell(self) -> int:
+        """As of files."""
+        return self._file.tell()
+
+    def _check(self, place: int) -> None:
+        if place > self._most:
+            raise tarfile.ReadError(f"decompresses to more than {self._most} bytes, {_MAX_RATIO} times its size")
+
+
+_KINDS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+    b"\x1f\x8b": lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb")),
+    b"BZh": lambda file: cast(IO[bytes], bz2.BZ2File(file)),
+    b"\xfd7zXZ\0": lambda file: cast(IO[bytes], lzma.LZMAFile(file)),  # noqa: SIM115  # its owner closes it
+    b"]\0\0\x80": lambda file: cast(IO[bytes], lzma.LZMAFile(file)),  # noqa: SIM115
 }
 
 

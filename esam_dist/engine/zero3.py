@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from esam_dist.engine.deepspeed import DeepSpeedEngine
 from esam_dist.engine.state import on_host
+from esam_dist.ranks import averaged_buffers
 from esam_dist.step.examples import Tree
 from esam_dist.step.vector import Vector
 
@@ -54,6 +55,11 @@ class Zero3Engine(DeepSpeedEngine):
     def weights(self, params: list[nn.Parameter]) -> list[Tensor]:
         """See `Engine`: this rank's shards."""
         return [param.ds_tensor.detach() for param in params]  # type: ignore[attr-defined]
+
+    def replicated(self) -> list[Tensor]:
+        """See `Engine`: of the weights, none is whole on any rank between two updates."""
+        whole = [param.detach() for param in self.module.parameters() if not hasattr(param, "ds_tensor")]
+        return [*whole, *averaged_buffers(self.module)]
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
         """See `Engine`."""

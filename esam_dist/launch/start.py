@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from esam_dist import config
@@ -20,6 +20,7 @@ from esam_dist.launch import checks, compose, kubernetes, meet, slurm
 from esam_dist.launch.arguments import Job, job
 from esam_dist.launch.follow import follow, sizes
 from esam_dist.launch.signals import end_on_signals
+from esam_dist.watchdog import causes
 
 log = logging.getLogger("esam_dist")
 
@@ -52,11 +53,20 @@ def run(args: argparse.Namespace) -> int:
     if wanted.compared and not args.no_checks:
         meet.compare(wanted, facts)
     log.info("starting %s", shlex.join(words))
-    return start_torchrun(wanted, words) if wanted.launcher == "torchrun" else start_deepspeed(wanted, words, logs)
+    began = time.time()
+    if wanted.launcher == "torchrun":
+        return start_torchrun(wanted, words, lambda: causes(cfg.run.folder, began))
+    status = start_deepspeed(wanted, words, logs)
+    if status:
+        _tell(causes(cfg.run.folder, began))
+    return status
 
 
-def start_torchrun(wanted: Job, words: list[str]) -> int:
-    """Run torchrun's agent in this process, which alone tells how its ranks ended."""
+def start_torchrun(wanted: Job, words: list[str], stalls: Callable[[], list[str]] = list) -> int:
+    """Run torchrun's agent in this process, which alone tells how its ranks ended.
+
+    `stalls` tells who stood still: torchrun knows only who failed first, and that is often who waited.
+    """
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -74,6 +84,7 @@ def start_torchrun(wanted: Job, words: list[str]) -> int:
         torchrun.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        _tell(stalls())
         log.error("rank %d ended with exit status %d; its log says why", rank, failure.exitcode)
         return _status(failure.exitcode)
     except (RendezvousError, DistError) as error:
@@ -99,6 +110,11 @@ def start_deepspeed(wanted: Job, words: list[str], logs: Path) -> int:
     over.set()
     shown.join()
     return 128 + received[0] if received else status
+
+
+def _tell(lines: list[str]) -> None:
+    for line in lines:
+        log.error("%s", line)
 
 
 @contextlib.contextmanager

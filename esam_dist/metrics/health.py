@@ -3,6 +3,8 @@
 `/healthz` answers 503 when nothing has moved for `stall_seconds`. A collective that waits for a lost rank blocks the
 training thread, but not this server's. `/readyz` answers 200 from the first update on: then the ranks have met and the
 data is there.
+
+Whoever reaches the port must not slow the training (see `clients`).
 """
 
 from __future__ import annotations
@@ -12,15 +14,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from esam_dist.errors import UserError
+from esam_dist.metrics.clients import TICK_SECONDS, App, Clients, StartResponse
 
-StartResponse = Callable[..., Any]
+_QUEUE = 512
+"""Connections that wait in the kernel to be taken."""
 
 
 class Pulse:
@@ -29,23 +31,24 @@ class Pulse:
     def __init__(self, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._stall_seconds = stall_seconds
         self._clock = clock
-        self._last = clock()
+        self.latest = (clock(), "the start")
+        """When it last made progress, and which."""
         self.step = 0
         self.ready = False
 
-    def beat(self) -> None:
+    def beat(self, what: str) -> None:
         """Note that something moved."""
-        self._last = self._clock()
+        self.latest = (self._clock(), what)
 
     def stepped(self, step: int) -> None:
         """Note that an update is finished."""
         self.step = step
         self.ready = True
-        self.beat()
+        self.beat(f"update {step}")
 
     def report(self) -> dict[str, Any]:
         """What the probes answer: `stalled`, `ready`, `step`, `idle_seconds`."""
-        idle = self._clock() - self._last
+        idle = self._clock() - self.latest[0]
         stalled = 0 < self._stall_seconds < idle
         return {"stalled": stalled, "ready": self.ready, "step": self.step, "idle_seconds": round(idle, 3)}
 
@@ -59,7 +62,7 @@ class Server:
     def __init__(self, registry: CollectorRegistry, pulse: Pulse, bind: str, port: int) -> None:
         family, address = _resolve(bind, port)
         try:
-            self._server = _Server(family, address)
+            listener = _listening(family, address)
         except OSError as error:
             key = "metrics.port" if error.errno != _ADDRESS_UNKNOWN else "metrics.bind"
             value = port if key == "metrics.port" else bind
@@ -67,42 +70,36 @@ class Server:
                 f"{key} = {value}: cannot listen on {bind}:{port} ({error.strerror}); "
                 "choose a free port (each local rank adds its number), or metrics.port=0 for no endpoint"
             ) from None
-        self._server.set_app(_app(registry, pulse))
-        self.port: int = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="metrics", daemon=True).start()
+        self.port: int = listener.getsockname()[1]
+        self._clients = Clients(listener, _app(registry, pulse))
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._over.set()
+        self._thread.join()
+        self._clients.close()
+
+    def _serve(self) -> None:
+        while not self._over.wait(TICK_SECONDS):
+            self._clients.turn()
 
 
 _ADDRESS_UNKNOWN = 99  # EADDRNOTAVAIL: the machine has no such address
 
 
-class _Handler(WSGIRequestHandler):
-    timeout = 10  # a silent client must not hold a thread for ever
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Say nothing: a scrape every few seconds would bury the log."""
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, family: socket.AddressFamily, address: tuple[Any, ...]) -> None:
-        self.address_family = family
-        super().__init__(address[:2], _Handler)
-
-    def server_bind(self) -> None:
-        """Bind without HTTPServer's reverse look-up, which can hang where DNS does."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a client that hangs up does not concern the training."""
+def _listening(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address[:2])
+        listener.listen(_QUEUE)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _resolve(bind: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
@@ -115,7 +112,7 @@ def _resolve(bind: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...
     return found[0][0], found[0][4]
 
 
-def _app(registry: CollectorRegistry, pulse: Pulse) -> Callable[[dict[str, Any], StartResponse], Iterable[bytes]]:
+def _app(registry: CollectorRegistry, pulse: Pulse) -> App:
     metrics = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:

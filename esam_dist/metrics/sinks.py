@@ -75,7 +75,7 @@ class Metrics:
 
     def validation(self, row: ValidationRow) -> None:
         """Report one validation; every rank calls it."""
-        self.pulse.beat()
+        self.pulse.beat("a validation")
         self._prometheus.validation(row)
         self._write("validation", jsonl.validation_values(row))
         if self._console:
@@ -91,16 +91,16 @@ class Metrics:
 
     def heartbeat(self) -> None:
         """Report progress other than an update, such as a validation batch, so that it does not count as a stall."""
-        self.pulse.beat()
+        self.pulse.beat("a batch of validation")
 
     def checkpoint_begun(self, seconds: float) -> None:
         """Report how long training stood still for a checkpoint; every rank calls it."""
-        self.pulse.beat()
+        self.pulse.beat("a checkpoint")
         self._prometheus.observe("checkpoint", seconds)
 
     def checkpoint_saved(self, step: int, seconds: float) -> None:
         """Report a checkpoint that is complete, and was written in so many seconds; every rank calls it."""
-        self.pulse.beat()
+        self.pulse.beat("a checkpoint")
         self._prometheus.set("esam_checkpoint_last_step", step)
         self._prometheus.set("esam_checkpoint_last_success_timestamp_seconds", time.time())
         self._write("checkpoint", {"step": step, "seconds": seconds})
@@ -114,7 +114,7 @@ class Metrics:
 
     def checkpoint_failed(self, step: int) -> None:
         """Report that the checkpoint of `step` could not be written; every rank calls it."""
-        self.pulse.beat()
+        self.pulse.beat("a checkpoint that failed")
         self._prometheus.checkpoint_failed()
         self._write("checkpoint_failed", {"step": step})
 

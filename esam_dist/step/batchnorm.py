@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from esam_dist.ranks import moving_buffers
+from esam_dist.ranks import averaged_buffers
 
 
 @contextmanager
@@ -63,7 +63,7 @@ class GroupStatistics:
 
     def __init__(self, module: nn.Module) -> None:
         counts = [buffer for buffer in module.buffers() if not buffer.is_floating_point()]
-        self._buffers = [*moving_buffers(module), *counts]
+        self._buffers = [*averaged_buffers(module), *counts]
         self._start = [buffer.clone() for buffer in self._buffers]
         self._ends: list[list[Tensor]] = []
 

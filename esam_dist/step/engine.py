@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esam_dist.ranks import averaged_buffers
 from esam_dist.step.examples import Tree, call
 from esam_dist.step.perturbation import Perturbation, perturbed
 from esam_dist.step.vector import Vector, owned
@@ -115,6 +116,10 @@ class Engine(ABC):
     def weights(self, params: list[nn.Parameter]) -> list[Tensor]:
         """The weights that belong to the tensors of a `gradient` over `params`, to be written to."""
         return [param.detach() for param in params]
+
+    def replicated(self) -> list[Tensor]:
+        """What every rank must hold alike to the bit between two updates: weights, and statistics that are averaged."""
+        return [*(param.detach() for param in self.module.parameters()), *averaged_buffers(self.module)]
 
     def at(self, perturbation: Perturbation, *, keep: bool) -> AbstractContextManager[None]:
         """`perturbation.perturbed` of these weights."""

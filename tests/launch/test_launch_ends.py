@@ -122,3 +122,21 @@ def test_spare_node_whose_job_is_over_has_succeeded(monkeypatch):
 )
 def test_status_of_deepspeeds_runner_is_read_as_it_is_meant(returned, status):
     assert start._status_of_runner(returned) == status
+
+
+@pytest.mark.slow
+def test_the_rank_that_stands_still_is_said_before_the_one_that_failed_of_it(digits, tmp_path):
+    """Rank 1 is stopped by the kernel, and can say nothing; rank 0 fails, as it waits."""
+    words = command(digits, tmp_path, "--no-checks")
+    words[words.index("--nproc-per-node=1")] = "--nproc-per-node=2"
+    more = ["engine.collective_timeout_seconds=8", "train.epochs=500", "data.workers=0", "metrics.progress=lines"]
+    log = tmp_path / "log"
+    with started([*words, *more], log, cwd=ROOT) as running:
+        until(lambda: " step " in log.read_text(), 240, "a step")
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        one = next(pid for pid in children if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text())
+        os.kill(int(one), signal.SIGSTOP)
+        assert running.wait(200) == 1
+    text = log.read_text()
+    summary = text[text.rindex("no word from rank 1") :]
+    assert summary.index("stood still first: rank 0 on ") < summary.index("rank 0 ended with exit status")

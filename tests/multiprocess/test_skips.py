@@ -203,11 +203,17 @@ def test_a_run_that_only_skips_ends_with_its_cause_and_the_last_checkpoint(
     assert ended.status == 2
     assert re.search(
         r"3 updates in a row until step 8 had a gradient that is not finite \(train.max_skipped_updates = 2\), the "
-        r"first at step 6 \(samples 80 to 95 of the run\), where the loss(es)? of .*: lower optim.lr \(now 0.0\d+\) or "
+        r"first at step 6 \(samples 80 to 95 of the run\), where the loss(es)? of .*; rank \d had "
+        r"\S*shard-00000\d.tar:\d{6}.png, .* more samples \(\S*skipped_batch.json\): lower optim.lr \(now 0.0\d+\) or "
         rf"method.rho \(now 1e\+25\); .* run.resume={tmp_path}/run/checkpoints/step_00000005 ",
         ended.err,
     ), ended.err
     assert json.loads((tmp_path / "run/history.json").read_text())["not_finite"] == 1
+    batch = json.loads((tmp_path / "run/skipped_batch.json").read_text())
+    assert batch["step"] == 6
+    assert {rank: len(set(keys)) for rank, keys in batch["samples"].items()} == {
+        str(rank): 16 // count for rank in range(count)
+    }
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000005"]
     assert [row["skipped_updates"] for row in rows(tmp_path / "run")] == [0] * 5 + [1] * 3
 

@@ -18,6 +18,7 @@ def checkpoints(tmp_path):
     return Checkpoints(tmp_path / "checkpoints", keep=2)
 
 
+AVERAGE = {"kind": "ema", "updates": 1, "statistics": {}}
 NOT_FINITE = {
     "a weight": lambda value: with_value(state(2), torch.tensor([0.0, value]), "engine", "model", "weights"),
     "a buffer": lambda value: with_value(state(2), torch.tensor(value), "engine", "model", "running_var"),
@@ -27,7 +28,7 @@ NOT_FINITE = {
     "half": lambda value: with_value(state(2), torch.tensor([value]).half(), "engine", "model", "weights"),
     "scale": lambda value: with_value(state(2), dict.fromkeys(SCALER, 1) | {"scale": value}, "engine", "scaler"),
     "memory": lambda value: with_value(state(2), {"flat": [torch.zeros(2), torch.tensor([value])]}, "method"),
-    "average": lambda value: with_value(state(2), {"weights": {"one": torch.tensor([value])}}, "average"),
+    "average": lambda value: with_value(state(2), {**AVERAGE, "copies": [{"one": torch.tensor([value])}]}, "average"),
 }
 
 

@@ -45,7 +45,7 @@ def test_every_sink_is_closed_whatever_another_one_raises(tmp_path, monkeypatch)
     with pytest.raises(RuntimeError, match="no room"):
         metrics.close()
     assert lines._file.closed
-    assert server._server.socket.fileno() == -1
+    assert server._clients._listener.fileno() == -1
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_stall_makes_it_unhealthy_until_something_moves(server, pulse, clock):
     assert json.loads(page) == {"stalled": True, "ready": True, "step": 5, "idle_seconds": 61.0}
     assert get(server.port, "/readyz")[0] == 503
     assert get(server.port, "/metrics")[0] == 200
-    pulse.beat()
+    pulse.beat("a batch")
     assert get(server.port, "/healthz")[0] == 200
 
 

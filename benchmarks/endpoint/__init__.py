@@ -1,0 +1,1 @@
+"""What hostile clients of the metrics port cost the training beside it."""

@@ -1,0 +1,1 @@
+"""What it costs to compare the weights over ranks."""
