@@ -189,8 +189,8 @@ def check_memory(path: Path, state: State, module: nn.Module) -> None:
     if not alike:
         raise UserError(
             f"checkpoint {path}: what its method remembers, or its average of the weights, is of another network, or "
-            "other weights were frozen when it was trained; use the model.freeze of that run, or begin from its weights "
-            f"alone: model.weights = {path} in place of run.resume"
+            "other weights were frozen when it was trained; use the model.freeze of that run, or begin from its "
+            f"weights alone: model.weights = {path} in place of run.resume"
         )
 
 

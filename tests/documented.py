@@ -34,6 +34,8 @@ MARK = re.compile(r"<!-- (?:run by (?P<test>\S+)|not run: (?P<reason>.+)) -->")
 INLINE = re.compile(r"(?<!`)`((?:esam-dist|make|python -m|pip install|torchrun|deepspeed) [^`\n]+)`(?!`)")
 OURS = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+(=.*)?")
 DIGITS = ROOT / "configs/digits_esam.yaml"
+MADE = {"photos.yaml": ROOT / "configs/photographs.yaml"}
+"""Configurations that `esam-dist init` writes on a page, and what they are alike to."""
 
 
 class Command(NamedTuple):
@@ -129,7 +131,7 @@ def _esam_dist(words: list[str]) -> None:
     args = _parse(lambda: _parsed(_filled(words)))
     given: Path | None = getattr(args, "config", None)
     overrides: list[str] = getattr(args, "overrides", [])
-    base = DIGITS if given is None or str(given).isupper() else ROOT / given
+    base = DIGITS if given is None or str(given).isupper() else MADE.get(str(given), ROOT / given)
     if not base.is_file():
         raise WrongCommandError(f"there is no {given}")
     if hasattr(args, "study") and not str(args.study).isupper() and not (ROOT / args.study).is_file():
