@@ -51,8 +51,8 @@ def usage(pid: int) -> Usage:
     """What the process `pid` holds now. Raises OSError where it is gone."""
     rollup = _fields(Path(f"/proc/{pid}/smaps_rollup").read_text())
     status = _fields(Path(f"/proc/{pid}/status").read_text())
-    memory = (1024 * rollup.get(name, 0) for name in ("Rss", "Pss", "Anonymous", "Pss_Shmem"))
-    return Usage(*memory, len(os.listdir(f"/proc/{pid}/fd")), status["Threads"])
+    rss, pss, own, shared = (1024 * rollup.get(name, 0) for name in ("Rss", "Pss", "Anonymous", "Pss_Shmem"))
+    return Usage(rss, pss, own, shared, len(os.listdir(f"/proc/{pid}/fd")), status["Threads"])
 
 
 def _described(pid: int, environ: list[bytes]) -> Process:

@@ -43,8 +43,10 @@ optim: {lr: 0.01, schedule: constant}
 method: {name: esam}
 metrics: {port: %(port)d, progress: lines}
 """
-FIELDS = ("seconds", "role", "rank", "pid", "rss_bytes", "pss_bytes", "anonymous_bytes", "shared_memory_bytes")
-FIELDS += ("descriptors", "threads", "run_folder_bytes", "step", "scrapes", "failed_scrapes")
+FIELDS = (
+    *("seconds", "role", "rank", "pid", "rss_bytes", "pss_bytes", "anonymous_bytes", "shared_memory_bytes"),
+    *("descriptors", "threads", "run_folder_bytes", "step", "scrapes", "failed_scrapes"),
+)
 
 
 def main(argv: list[str] | None = None) -> None:
