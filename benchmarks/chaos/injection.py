@@ -140,7 +140,7 @@ def _within(job: Supervised, fault: Fault) -> bool:
 def _slow(job: Supervised, fault: Fault) -> bool:
     struck = job.strike(fault, is_over=False)
     _order(job, fault)
-    job.wait(WINDOW_SECONDS, lambda: _slowed(job, fault) >= 4)
+    job.wait(WINDOW_SECONDS, lambda: _slowed(job, fault) >= 3)
     _withdraw(job)
     return job.undone(struck, f"{_slowed(job, fault)} flushes slowed")
 

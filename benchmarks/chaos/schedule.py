@@ -23,26 +23,29 @@ class Kind(NamedTuple):
     """The only rank that it can hit; None: any."""
 
 
+# A start costs ten times what the others cost: so most faults are such that no rank ends by them.
 KINDS = {
-    "kill_rank": Kind("SIGKILL of one rank", 7),
-    "kill_all": Kind("SIGKILL of all ranks at once", 4),
-    "kill_agent": Kind("SIGKILL of the agent; its ranks must be gone within 10 s", 4),
+    "kill_rank": Kind("SIGKILL of one rank", 8),
+    "kill_all": Kind("SIGKILL of all ranks at once", 5),
+    "kill_agent": Kind("SIGKILL of the agent; its ranks must be gone within 10 s", 5),
     "kill_worker": Kind("SIGKILL of a loader process", 5),
-    "term": Kind("SIGTERM to the job (preemption), then a new start", 4),
-    "stop": Kind("SIGSTOP of a rank for 1 to 2 s", 14, (1.0, 2.0), restarts=False),
-    "stop_for_good": Kind("SIGSTOP of a rank for ever", 1),
-    "write": Kind("SIGKILL of rank 0 within the write of a checkpoint", 6, (0.02, 0.98), rank=0),
-    "rename": Kind("SIGKILL of rank 0 just before or after the rename of a checkpoint", 5, rank=0),
-    "prune": Kind("SIGKILL of rank 0 within the removal of an old checkpoint", 5, rank=0),
-    "validation": Kind("SIGKILL of a rank within validation", 4),
-    "restart": Kind("SIGKILL of a rank, or of the agent, while the job starts again", 14, (0.0, 7.0)),
-    "full": Kind("disk full until a save is refused", 12, (0.3, 1.5), restarts=False, needs="root"),
-    "readonly": Kind("disk read-only until a save is refused", 12, (0.3, 1.5), restarts=False, needs="root"),
-    "slow": Kind("disk slow: each flush takes 0.2 to 1 s longer, for a while", 10, (0.2, 1.0), False, rank=0),
-    "clock": Kind("clock set back by up to a day, for a while", 10, (10.0, 86400.0), restarts=False),
-    "cut": Kind("host cut off the network for 1 to 4 s", 60, (1.0, 4.0), restarts=False, needs="hosts"),
-    "cut_for_long": Kind("host cut off the network for longer than the ranks wait", 3, needs="hosts"),
+    "term": Kind("SIGTERM to the job (preemption), then a new start", 5),
+    "stop_for_good": Kind("SIGSTOP of a rank for ever", 2),
+    "write": Kind("SIGKILL of rank 0 within the write of a checkpoint", 7, (0.02, 0.98), rank=0),
+    "rename": Kind("SIGKILL of rank 0 just before or after the rename of a checkpoint", 6, rank=0),
+    "prune": Kind("SIGKILL of rank 0 within the removal of an old checkpoint", 6, rank=0),
+    "validation": Kind("SIGKILL of a rank within validation", 5),
+    "restart": Kind("SIGKILL of a rank, or of the agent, while the job starts again", 0, (0.0, 9.0)),
+    "stop": Kind("SIGSTOP of a rank for 1 to 2 s", 60, (1.0, 2.0), restarts=False),
+    "full": Kind("disk full until a save is refused", 100, (0.3, 1.5), restarts=False, needs="root"),
+    "readonly": Kind("disk read-only until a save is refused", 100, (0.3, 1.5), restarts=False, needs="root"),
+    "slow": Kind("disk slow: each flush takes 0.2 to 0.8 s longer, for a while", 70, (0.2, 0.8), False, rank=0),
+    "clock": Kind("clock of a rank set back by up to a day, for a while", 100, (10.0, 86400.0), restarts=False),
+    "cut": Kind("host cut off the network for 1 to 4 s", 300, (1.0, 4.0), restarts=False, needs="hosts"),
+    "cut_for_long": Kind("host cut off the network for longer than the ranks wait", 6, needs="hosts"),
 }
+AGAIN = 0.6
+"""How likely a fault that ends ranks is followed by one while they start again, and that by another."""
 
 
 class Fault(NamedTuple):
@@ -66,8 +69,7 @@ def schedule(
     rng = random.Random(f"{seed} {job}")
     plain = [kind for kind in kinds if kind != "restart"] or ["kill_rank"]
     weights = [KINDS[kind].weight for kind in plain]
-    restarting = sum(KINDS[kind].weight for kind in plain if KINDS[kind].restarts)
-    share = KINDS["restart"].weight / restarting if restarting and "restart" in kinds else 0.0
+    again = AGAIN if "restart" in kinds else 0.0
     faults: list[Fault] = []
 
     def add(kind: str, step: int) -> None:
@@ -78,7 +80,7 @@ def schedule(
     step = rng.randint(*gaps)
     while step < last_step - gaps[1]:
         add(rng.choices(plain, weights)[0], step)
-        while KINDS[faults[-1].kind].restarts and rng.random() < min(0.8, share):
+        while KINDS[faults[-1].kind].restarts and rng.random() < again:
             add("restart", step)
         step += rng.randint(*gaps)
     return faults
