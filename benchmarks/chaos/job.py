@@ -16,6 +16,8 @@ from benchmarks.chaos.schedule import KINDS, Fault
 POLL_SECONDS = 0.05
 STALL_SECONDS = 300.0
 """Without a new update for so long, the job hangs."""
+UNHURT_UPDATES = 8
+"""A job that makes so many updates in the same process was not hurt, such as by the loss of an idle loader."""
 FIRES_WITHIN_SECONDS = 60.0
 """A fault that waits for its place in the program (a save, a validation) and does not meet it is given up."""
 
@@ -29,6 +31,8 @@ class Struck:
     """Since the job began."""
     high: int
     """The furthest update that the job had reached."""
+    who: str
+    """The process of rank 0 then."""
     note: str = ""
     lost_seconds: float = 0.0
     """Until it was further than ever, beyond the time that the updates in between take."""
@@ -104,7 +108,8 @@ class Supervised:
 
     def strike(self, fault: Fault, note: str = "", *, is_over: bool = True) -> Struck:
         """Take note of a fault that came about now."""
-        self.struck.append(Struck(fault, self.seconds, self.high, note, is_over=is_over))
+        who = self.where.who if self.where else ""
+        self.struck.append(Struck(fault, self.seconds, self.high, who, note, is_over=is_over))
         return self.struck[-1]
 
     def undone(self, struck: Struck, note: str = "") -> bool:
@@ -112,10 +117,19 @@ class Supervised:
         struck.high, struck.is_over, struck.note = self.high, True, note
         return True
 
+    def _is_past(self, struck: Struck) -> bool:
+        if self.agents.are_done:
+            return True
+        if not struck.is_over or self.where is None or self.where.step <= struck.high:
+            return False
+        # Ranks that lost one may still begin an update; where nobody missed what was killed, they go on and on.
+        again = self.where.who != struck.who or not KINDS[struck.fault.kind].restarts
+        return again or self.where.step > struck.high + UNHURT_UPDATES
+
     def _close(self) -> None:
         """The faults that the job has left behind: it is further than it was before the latest."""
         open_now = self.open
-        if not open_now or not open_now[-1].is_over or self.high <= open_now[-1].high:
+        if not open_now or not self._is_past(open_now[-1]):
             return
         now = self.seconds
         ends = [struck.seconds for struck in open_now[1:]] + [now]
@@ -134,7 +148,7 @@ def run(job: Supervised, faults: list[Fault], inject: Callable[[Supervised, Faul
     try:
         while not job.agents.are_done and len(job.troubles) < 3:
             job.watch()
-            if waiting and _is_due(job, waiting[0]):
+            if waiting and not job.agents.are_done and _is_due(job, waiting[0]):
                 inject(job, waiting.pop(0))
             else:
                 time.sleep(POLL_SECONDS)

@@ -36,12 +36,12 @@ KINDS = {
     "prune": Kind("SIGKILL of rank 0 within the removal of an old checkpoint", 6, rank=0),
     "validation": Kind("SIGKILL of a rank within validation", 5),
     "restart": Kind("SIGKILL of a rank, or of the agent, while the job starts again", 0, (0.0, 9.0)),
-    "stop": Kind("SIGSTOP of a rank for 1 to 2 s", 60, (1.0, 2.0), restarts=False),
-    "full": Kind("disk full until a save is refused", 100, (0.3, 1.5), restarts=False, needs="root"),
-    "readonly": Kind("disk read-only until a save is refused", 100, (0.3, 1.5), restarts=False, needs="root"),
-    "slow": Kind("disk slow: each flush takes 0.2 to 0.8 s longer, for a while", 70, (0.2, 0.8), False, rank=0),
-    "clock": Kind("clock of a rank set back by up to a day, for a while", 100, (10.0, 86400.0), restarts=False),
-    "cut": Kind("host cut off the network for 1 to 4 s", 300, (1.0, 4.0), restarts=False, needs="hosts"),
+    "stop": Kind("SIGSTOP of a rank for 1 to 2 s", 50, (1.0, 2.0), restarts=False),
+    "full": Kind("disk full until a save is refused", 75, (0.3, 1.5), restarts=False, needs="root"),
+    "readonly": Kind("disk read-only until a save is refused", 75, (0.3, 1.5), restarts=False, needs="root"),
+    "slow": Kind("disk slow: each flush takes 0.2 to 0.8 s longer, for a while", 50, (0.2, 0.8), False, rank=0),
+    "clock": Kind("clock of a rank set back by up to a day, for a while", 80, (10.0, 86400.0), restarts=False),
+    "cut": Kind("host cut off the network for 1 to 4 s", 250, (1.0, 4.0), restarts=False, needs="hosts"),
     "cut_for_long": Kind("host cut off the network for longer than the ranks wait", 6, needs="hosts"),
 }
 AGAIN = 0.6
