@@ -145,6 +145,7 @@ def _train(args: argparse.Namespace) -> int:
             metrics.take_up(progress)
             average = _average(cfg, module, progress)
             run = Training(cfg, trainer, data, validation, metrics, checkpoints, progress, stop_requested, average)
+            run.has_begun = launch.lifeline.begun
             if saved is not None:
                 _take_up(run, saved)
             del saved  # as large as all that is trained

@@ -34,25 +34,27 @@ def evaluate(
     ranks: Ranks,
     *,
     in_step: bool = False,
-    beat: Callable[[], None] = lambda: None,
+    through: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> Evaluation:
     """Evaluate `module` in evaluation mode. All ranks call it together; each reads its share; all get the result.
 
     Ranks may hold unequal numbers of batches: the only collective is the sum at the end. `in_step` is for a module
     whose forward pass is itself a collective (ZeRO 3): a rank that has no batch left then takes part with an empty one.
-    `beat` is called after every batch, as a sign of life. Raises UserError, on all ranks, when no sample could be read.
+    The batches go `through` whatever the caller wants to do between them; what it raises, on all ranks, ends the
+    evaluation. Raises UserError, on all ranks, when no sample could be read.
     """
     was_training = module.training
     module.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-    for images, labels in _in_step(data.batches(), ranks) if in_step else data.batches():
-        logits_BK = module(images)[: len(labels)]
-        ranked = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        loss = F.cross_entropy(logits_BK, labels, reduction="sum")
-        counted = loss.new_tensor(float(len(labels)))
-        beat()
-        totals += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, counted])
-    module.train(was_training)
+    try:
+        for images, labels in through(_in_step(data.batches(), ranks) if in_step else data.batches()):
+            logits_BK = module(images)[: len(labels)]
+            ranked = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels.unsqueeze(1)
+            loss = F.cross_entropy(logits_BK, labels, reduction="sum")
+            counted = loss.new_tensor(float(len(labels)))
+            totals += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, counted])
+    finally:
+        module.train(was_training)
     first, top5, loss_sum, num_samples = ranks.sum_(totals).tolist()
     if not num_samples:
         raise UserError("data.path: not one sample of the validation set can be read; prepare the data again")

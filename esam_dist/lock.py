@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esam_dist import process
 from esam_dist.errors import UserError, printable
 from esam_dist.files import flush_file
 
@@ -32,6 +33,9 @@ FILE = "run.lock"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """A lock of another machine that nobody has touched for this long has no holder any more."""
+
+
+_held: list[Lock] = []
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Holder:
     def here() -> Holder:
         """This process, with a token of its own."""
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        began = process_began(os.getpid()) or ""
-        return Holder(socket.gethostname(), os.getpid(), _place(), began, since, secrets.token_hex(8))
+        began = process.began(os.getpid()) or ""
+        return Holder(socket.gethostname(), os.getpid(), process.place(), began, since, secrets.token_hex(8))
 
     @staticmethod
     def parsed(content: bytes) -> Holder:
@@ -146,7 +150,7 @@ class Lock:
 
     def _lives(self, holder: Holder, content: bytes) -> bool:
         if holder.place and holder.place == self._me.place:
-            return process_began(holder.pid) in ("", holder.began)
+            return process.began(holder.pid) in ("", holder.began)
         touched = self._touched()
         if touched is None or self._now() - touched > STALE_SECONDS:
             return False
@@ -204,6 +208,12 @@ class Lock:
                 continue
 
 
+def release_all() -> None:
+    """Let go of what this process holds, where it ends without leaving its blocks."""
+    for lock in _held:
+        lock.release()
+
+
 @contextmanager
 def locked(folder: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
     """Hold the run folder `folder` for the length of the block, where this is rank 0.
@@ -214,37 +224,10 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     lock = Lock(folder)
-    lock.take()
+    _held.append(lock)
     try:
+        lock.take()
         yield lock.check
     finally:
         lock.release()
-
-
-def process_began(pid: int) -> str | None:
-    """When the process `pid` of this machine began, in the kernel's own count; None: it is gone.
-
-    Empty where it lives, but its beginning cannot be told: another user's process, or a system without /proc.
-    """
-    try:
-        # The name, in brackets, may itself hold brackets and spaces.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return None
-    except PermissionError:
-        pass
-    return ""
-
-
-def _place() -> str:
-    """The boot of this machine, and the process namespace (a container's) in it; empty where that cannot be told."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
+        _held.remove(lock)

@@ -24,6 +24,8 @@ class Progress:
     """Of the updates made, the sharpness-aware ones."""
     skipped_in_a_row: int = 0
     """Of the updates made, the latest ones that were skipped, as their gradient was not finite."""
+    validation_is_missing: bool = False
+    """Whether the validation after the last update is still to be made, as a stop came before it or into it."""
     restarts: int = 0
     """Starts after the first, that of this process included."""
     not_finite: int = 0
@@ -36,6 +38,7 @@ class Progress:
             "samples_seen": self.samples,
             "sharp_updates": self.sharp_updates,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "validation_is_missing": self.validation_is_missing,
         }
 
     @staticmethod
@@ -48,4 +51,5 @@ class Progress:
             samples=saved["samples_seen"],
             sharp_updates=saved.get("sharp_updates", 0),
             skipped_in_a_row=saved.get("skipped_in_a_row", 0),
+            validation_is_missing=bool(saved.get("validation_is_missing", False)),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,10 +26,8 @@ class Window:
         trainer: SharpnessAware,
         data: TrainData,
         progress: Progress,
-        stop_requested: Callable[[], bool],
     ) -> None:
         self._cfg, self._trainer, self._data, self._progress = cfg, trainer, data, progress
-        self._stop_requested = stop_requested
         self.skips = Skips(progress, cfg.train.max_skipped_updates)
         self.is_lost = False
         """Whether a loss was not finite where the update was made all the same."""
@@ -45,14 +42,14 @@ class Window:
         """Take note of one micro-batch."""
         self._stats.append(torch.stack([*stats]))
 
-    def close(self, moment: Moment, lr: float) -> tuple[TrainRow, bool]:
-        """The row of this window, alike on all ranks but for phases, and whether any rank wants to stop.
+    def close(self, moment: Moment, lr: float) -> TrainRow:
+        """The row of this window, alike on all ranks but for phases.
 
-        The one place of the loop where the host waits for the device and for the other ranks.
+        The one place of the loop where the host waits for the device.
         """
         stats = StepStats(*torch.stack(self._stats).double().unbind(dim=1))
         progress, method, ranks = self._progress, self._cfg.method, self._trainer.ranks
-        phases, stop = self._trainer.clock.drain(), self._stop_requested()
+        phases = self._trainer.clock.drain()
         elapsed = time.perf_counter() - self._start_time
         W = ranks.world_size
         losses, accumulate = _finite(stats.loss), self._cfg.train.accumulate
@@ -65,8 +62,8 @@ class Window:
                 *(stats.num_kept.sum(), stats.skipped.sum(), ((1.0 - skipped_U) * not_finite_U).sum()),
             ]
         )
-        loss, num_losses, sharpness, kept, skipped, lost, stops, waited = ranks.sum_(
-            torch.cat([sums, sums.new_tensor([float(stop), sum(phases.get("data", []))])])
+        loss, num_losses, sharpness, kept, skipped, lost, waited = ranks.sum_(
+            torch.cat([sums, sums.new_tensor([sum(phases.get("data", []))])])
         ).tolist()
         self.is_lost = lost > 0.0
         skipped_updates = self._note_skips(skipped_U, not_finite_U)
@@ -94,7 +91,7 @@ class Window:
             phases=phases,
         )
         self._begin()
-        return row, stops > 0
+        return row
 
     def _note_skips(self, skipped_U: Tensor, not_finite_U: Tensor) -> int:
         """How many updates were skipped; that is alike on all ranks, so that all ask together where it began."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esam_dist.checkpoint_keys import CheckpointKeys
+from esam_dist.checkpoint.keys import CheckpointKeys
 from esam_dist.data.keys import DataKeys
 from esam_dist.engine.keys import EngineKeys, OptimKeys
 from esam_dist.methods import ESAM, AnyMethod

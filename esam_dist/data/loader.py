@@ -106,6 +106,8 @@ class ValidationData:
     def __init__(self, cfg: DataKeys, *, rank: int, world_size: int, device: torch.device) -> None:
         split = open_split(cfg.path, "validation")
         self.num_samples, self.num_classes = split.num_samples, len(split.class_names)
+        self.most_batches = math.ceil(math.ceil(split.num_samples / world_size) / cfg.batch_size)
+        """Of any rank in one pass."""
         ids = np.array(share(split.num_samples, rank, world_size), np.int64)
         parts = [ids[start : start + cfg.batch_size] for start in range(0, len(ids), cfg.batch_size)]
         picks = [Picks(part, np.zeros_like(part), np.zeros(len(part), np.uint64), 0) for part in parts]

@@ -13,7 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from esam_dist.engine.guard import not_finite, skipping
-from esam_dist.engine.state import initial_state, load_by_name, model_state, momentum_key, momentum_of, state_by_name
+from esam_dist.engine.state import (
+    initial_state,
+    load_by_name,
+    model_state,
+    momentum_key,
+    momentum_of,
+    on_host,
+    state_by_name,
+)
 from esam_dist.ranks import Ranks, limit_group
 from esam_dist.step.engine import Engine, inject
 from esam_dist.step.examples import Tree, call
@@ -170,20 +178,26 @@ class DeepSpeedEngine(Engine):
                 found[param] = value
         return [found[param] for param in params]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
         """See `Engine`. The shards of ZeRO are joined parameter by parameter."""
         if self._stage == 0:
-            return state_by_name(self.module, self._optimizer)
+            return state_by_name(self.module, self._optimizer) if keep else {}
+        optimizer = self._optimizer_state(keep=keep)
+        return {"model": model_state(self.module), "optimizer": optimizer} | self._scaler_state() if keep else {}
+
+    def _optimizer_state(self, *, keep: bool) -> dict[str, dict[str, Tensor]]:
+        """Whole, by parameter; all ranks join the shards of one tensor after the other, and where `keep` copy them."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         shard = next(iter(self._shards().values()), {})
-        optimizer: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, dict[str, Tensor]] = {}
         for name, param in self._trainable():
-            optimizer[name] = {
-                key: value.cpu().clone() if key == "step" else safe_get_full_optimizer_state(param, key).cpu()
-                for key, value in shard.items()
-            }
-        return {"model": model_state(self.module), "optimizer": optimizer} | self._scaler_state()
+            found[name] = {}
+            for key, value in shard.items():
+                whole = value if key == "step" else safe_get_full_optimizer_state(param, key)
+                if keep:
+                    found[name][key] = on_host(whole)
+        return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Engine`."""

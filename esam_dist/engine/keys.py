@@ -64,4 +64,4 @@ class EngineKeys(Section):
     # themselves, with the reason in their log, before a probe ends them.
     collective_timeout_seconds: Positive = 600.0
     """A rank waits this long for the others, then fails: so a host that vanished is noticed. Longer than a checkpoint,
-    which rank 0 writes while the others wait, and than the largest lead of a rank in a validation."""
+    for which the others wait at the end of a run, and than the largest lead of a rank in a validation."""

@@ -115,8 +115,10 @@ class NativeEngine(Engine):
             torch._foreach_div_(found, self._scaler.scale(torch.ones((), device=self._no_norm.device)))
         return found
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
         """See `Engine`."""
+        if not keep:
+            return {}
         return state_by_name(self.module, self._optimizer) | {"scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor, nn
 
 
+def on_host(value: Tensor) -> Tensor:
+    """A copy on the CPU with memory of its own, which training does not write to."""
+    return value.detach().to("cpu", copy=True)
+
+
 def model_state(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters and buffers on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    return {name: on_host(value) for name, value in module.state_dict().items()}
 
 
 def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -22,7 +27,7 @@ def state_by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     for name, param in module.named_parameters():
         if param in optimizer.state:
             saved[name] = {
-                key: torch.as_tensor(value).detach().cpu().clone()
+                key: on_host(torch.as_tensor(value))
                 for key, value in optimizer.state[param].items()
                 if value is not None
             }

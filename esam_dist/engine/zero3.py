@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esam_dist.engine.deepspeed import DeepSpeedEngine
+from esam_dist.engine.state import on_host
 from esam_dist.step.examples import Tree
 from esam_dist.step.vector import Vector
 
@@ -54,34 +55,35 @@ class Zero3Engine(DeepSpeedEngine):
         """See `Engine`: this rank's shards."""
         return [param.ds_tensor.detach() for param in params]  # type: ignore[attr-defined]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
         """See `Engine`."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        optimizer, model = self._optimizer_state(keep=keep), self._whole_model(keep=keep)
+        return {"model": model, "optimizer": optimizer} | self._scaler_state() if keep else {}
 
-        optimizer: dict[str, dict[str, Tensor]] = {}
-        shard = next(iter(self._shards().values()), {})
-        for name, param in self._trainable():
-            optimizer[name] = {
-                key: value.cpu().clone() if key == "step" else safe_get_full_optimizer_state(param, key).cpu().clone()
-                for key, value in shard.items()
-            }
-        return {"model": self._whole_model(), "optimizer": optimizer} | self._scaler_state()
-
-    def _whole_model(self) -> dict[str, Tensor]:
+    def _whole_model(self, *, keep: bool) -> dict[str, Tensor]:
         """All that the bare model's `state_dict` holds: frozen weights too, and tied ones under each of their names."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         named = dict(self.module.named_parameters(remove_duplicate=False))
         whole: dict[Tensor, Tensor] = {}
+        taken: set[Tensor] = set()
         for param in self.module.parameters():
             with nullcontext() if param.requires_grad else GatheredParameters([param]):
                 value = safe_get_full_fp32_param(param) if param.requires_grad else param.detach()
-                whole[param] = value.cpu().clone()
-        return {
-            name: whole[named[name]].clone() if name in named else value.detach().cpu().clone()
-            for name, value in self.module.state_dict().items()
-        }
+                if keep:
+                    whole[param] = on_host(value)
+        if not keep:
+            return {}
+        model: dict[str, Tensor] = {}
+        for name, value in self.module.state_dict().items():
+            if name not in named:
+                model[name] = on_host(value)
+            else:
+                param = named[name]
+                model[name] = whole[param].clone() if param in taken else whole[param]
+                taken.add(param)
+        return model
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Engine`."""

@@ -1,4 +1,4 @@
-"""A rank ends with its launcher, and hears a signal while it waits to meet the other ranks.
+"""A rank ends with its launcher, and before training has begun at once at a signal, wherever it waits.
 
 torchrun and DeepSpeed end their ranks when they are stopped, not when they are killed: the ranks would train on, and
 write into the run folder of whoever starts the job again.
@@ -12,26 +12,37 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
+
+from esam_dist.lock import release_all
 
 EVERY_SECONDS = 1.0
-# So long a rank waits for the others at a signal, to stop together, in order. Longer may be in vain.
-MEETING_SECONDS = 3.0
+# So long a rank has to end in order at a signal before training. Longer may be in vain: it waits within C++.
+ENDING_SECONDS = 3.0
 # A DeepSpeed rank has up to three launchers, each of which outlives the next: words of their command lines.
 LAUNCHERS = ({"deepspeed.launcher.launch"}, {"deepspeed.launcher.runner", "deepspeed", "ds"}, {"launch"})
 # When this file is imported, so before torch, which takes seconds. A fork of the process has another parent.
 STARTED = os.getpid(), os.getppid()
 
+Handler = Callable[[int, FrameType | None], object]
 log = logging.getLogger("esam_dist")
+_has_begun = threading.Event()
 
 
 def hold() -> None:
-    """From now on end this rank as SIGTERM does when its launcher is gone, and, before the ranks met, at a signal.
+    """From now on end this rank as SIGTERM does when its launcher is gone, and, until `begun` is called, at a signal.
 
-    A rank within a collective hears nothing: it is ended when the launcher's patience would be over. Without a launcher
-    nothing happens. Call it when the handlers of SIGTERM and SIGINT are set, which are to ask for the stop.
+    A rank within a collective hears nothing: it is ended when the launcher's patience would be over. Call it when the
+    handlers of SIGTERM and SIGINT are set, which are to ask for the stop when training has begun.
     """
+    _has_begun.clear()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handler = signal.getsignal(number)
+        if callable(handler):
+            signal.signal(number, _ending(handler, os.getpid()))
     if "RANK" not in os.environ:
         return
     process, parent = STARTED
@@ -42,6 +53,11 @@ def hold() -> None:
     threading.Thread(target=_watch, args=(reader, launchers), daemon=True).start()
 
 
+def begun() -> None:
+    """Say that all ranks train: from now on there is something to save, and a signal asks for a stop in order."""
+    _has_begun.set()
+
+
 def _watch(reader: int, launchers: list[int]) -> None:
     received = None
     while _alive(launchers):
@@ -49,26 +65,34 @@ def _watch(reader: int, launchers: list[int]) -> None:
         if not select.select([reader], [], [], EVERY_SECONDS)[0]:
             continue
         received = os.read(reader, 1)[0]
-        if received in (signal.SIGTERM, signal.SIGINT) and not _meets():
-            os._exit(128 + received)
+        if received in (signal.SIGTERM, signal.SIGINT):
+            _end_before_training(received)
     if received is None:
         log.warning("the launcher (process %d) is gone: stopping", launchers[0])
     os.kill(os.getpid(), signal.SIGTERM)
-    if _meets():
-        time.sleep(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")))
+    _end_before_training(signal.SIGTERM)
+    time.sleep(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")))
     os._exit(128 + signal.SIGTERM)
 
 
-def _meets() -> bool:
-    """Whether the ranks have met, or do so soon."""
-    from torch.distributed import is_initialized
+def _ending(then: Handler, process: int) -> Handler:
+    """A handler that ends this process in order before training has begun, and does as `then` afterwards."""
 
-    end = time.monotonic() + MEETING_SECONDS
-    while os.environ.get("WORLD_SIZE") != "1" and not is_initialized():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
+    def handle(number: int, frame: FrameType | None) -> object:
+        # Loader processes have a copy of it, and are not what is to end.
+        if _has_begun.is_set() or os.getpid() != process:
+            return then(number, frame)
+        raise SystemExit(128 + number)
+
+    return handle
+
+
+def _end_before_training(number: int) -> None:
+    """Before training has begun: end this process, whose main thread may never hear of the signal."""
+    if _has_begun.wait(ENDING_SECONDS):
+        return
+    release_all()
+    os._exit(128 + number)
 
 
 def _launchers(parent: int) -> list[int]:

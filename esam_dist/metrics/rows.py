@@ -43,7 +43,7 @@ class TrainRow:
     """By reason: samples that this rank could not read in this interval."""
     phases: dict[str, list[float]] = field(default_factory=dict)
     """By phase: this rank's seconds, one per step of this interval (`checkpoint` and `validate` are added by
-    `Metrics.checkpoint_saved` and `Metrics.validation`)."""
+    `Metrics.checkpoint_begun` and `Metrics.validation`)."""
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,16 @@ class Metrics:
         """Report progress other than an update, such as a validation batch, so that it does not count as a stall."""
         self.pulse.beat()
 
+    def checkpoint_begun(self, seconds: float) -> None:
+        """Report how long training stood still for a checkpoint; every rank calls it."""
+        self.pulse.beat()
+        self._prometheus.observe("checkpoint", seconds)
+
     def checkpoint_saved(self, step: int, seconds: float) -> None:
-        """Report a checkpoint that is complete; every rank calls it."""
+        """Report a checkpoint that is complete, and was written in so many seconds; every rank calls it."""
         self.pulse.beat()
         self._prometheus.set("esam_checkpoint_last_step", step)
         self._prometheus.set("esam_checkpoint_last_success_timestamp_seconds", time.time())
-        self._prometheus.observe("checkpoint", seconds)
         self._write("checkpoint", {"step": step, "seconds": seconds})
         if self._console:
             self._console.checkpoint(step, seconds)

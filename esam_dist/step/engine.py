@@ -77,10 +77,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer state on the CPU, whole, by parameter name: alike for every engine and world size.
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """Copies of weights and optimizer state on the CPU, whole, by parameter name: alike for every engine and world
+        size, and untouched by later updates.
 
-        Called by all ranks together.
+        Called by all ranks together. One that shall not `keep` them takes part, a tensor at a time, and gets {}.
         """
 
     @abstractmethod

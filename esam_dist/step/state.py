@@ -25,7 +25,9 @@ class MethodState:
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Copies on the CPU, for a checkpoint."""
-        return {name: [tensor.cpu().clone() for tensor in vector.tensors] for name, vector in self._vectors.items()}
+        return {
+            name: [tensor.to("cpu", copy=True) for tensor in vector.tensors] for name, vector in self._vectors.items()
+        }
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """The reverse."""

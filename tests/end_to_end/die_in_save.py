@@ -11,17 +11,18 @@ from pathlib import Path
 
 import torch
 
-from esam_dist import checkpoint
+from esam_dist.checkpoint import folder, sealed
 from esam_dist.cli import main
 
 STEP, PLACE = os.environ["DIE_WHEN"].split()
 PARTIAL = f".partial_step_{int(STEP):08d}"
-save, rename, sha256, write_file = torch.save, Path.rename, checkpoint.sha256, checkpoint.write_file
+save, rename, sha256, write_file = torch.save, Path.rename, sealed.sha256, sealed.write_file
+remove = folder._remove
 
 
-def die_at(place: str, path: object) -> None:
+def die_at(place: str, path: object, of: str = PARTIAL) -> None:
     mark = Path(os.environ["MARK"])
-    if place == PLACE and PARTIAL in str(path) and not mark.exists():
+    if place == PLACE and of in str(path) and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -43,14 +44,25 @@ class Half:
         self.file.flush()
 
 
-def before_rename(path: Path, target: Path) -> Path:
+def around_rename(path: Path, target: Path) -> Path:
     die_at("rename", path)
-    return rename(path, target)
+    renamed = rename(path, target)
+    die_at("renamed", path)
+    # An old one, that is no longer to be kept, has lost its name.
+    die_at("prune", target, ".partial_step_")
+    return renamed
 
 
-def before_checksum(path: Path) -> str:
+def within_remove(path: Path) -> None:
+    for file in path.glob("state.pt") if PLACE == "pruned half" and path.name.startswith(".partial_step_") else ():
+        file.unlink()
+        die_at("pruned half", path, ".partial_step_")
+    remove(path)
+
+
+def before_checksum(path: Path, *given: object) -> str:
     die_at("checksum", path)
-    return sha256(path)
+    return sha256(path, *given)
 
 
 def before_metadata(path: Path, content: str) -> None:
@@ -60,12 +72,13 @@ def before_metadata(path: Path, content: str) -> None:
 
 def save_by_halves(state: object, file: object, **options: bool) -> None:
     # Gloo's messages are saved too.
-    save(state, Half(file) if isinstance(file, checkpoint._Hashed) else file, **options)
+    save(state, Half(file) if isinstance(file, sealed.Hashed) else file, **options)
 
 
 torch.save = save_by_halves
-Path.rename = before_rename
-checkpoint.sha256, checkpoint.write_file = before_checksum, before_metadata
+Path.rename = around_rename
+sealed.sha256, sealed.write_file = before_checksum, before_metadata
+folder._remove = within_remove
 
 if __name__ == "__main__":
     main(sys.argv[1:])

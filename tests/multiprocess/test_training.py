@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -222,3 +223,31 @@ def test_zero3_saves_frozen_and_tied_weights_and_goes_on_from_them_as_the_native
         assert state["model"].keys() == whole["model"].keys()
         for name, value in whole["model"].items():
             torch.testing.assert_close(state["model"][name], value, rtol=2e-5, atol=2e-5)
+
+
+def snapshot_rank(ranks: Ranks, cfg: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the first rank keeps after two updates, and a deep copy made before two more."""
+    trainer = SharpnessAware.over(engine_of(Classifier(make_network(torch.float32)), cfg, ranks), cfg.method, ranks)
+
+    def update(step: int) -> None:
+        micro_batch(trainer, Batch(*make_batch(ranks.rank, step, 0, torch.float32)), cfg, Moment(step), 0.1)
+
+    update(0)
+    update(1)
+    taken = trainer.engine.state_dict(keep=ranks.is_first)
+    before = copy.deepcopy(taken)
+    update(2)
+    update(3)
+    return taken, before
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_snapshot_is_the_first_ranks_alone_and_later_updates_leave_it_alone(
+    two_ranks: Cluster, engine: str, optimizer: str
+) -> None:
+    cfg = configuration({"name": "sgd"}, engine=ENGINES[engine], optim={"name": optimizer, "lr": 0.01})
+    (taken, before), (theirs, _) = two_ranks.run(snapshot_rank, cfg)
+    assert theirs == {}
+    assert len(before["optimizer"]) == len(list(make_network(torch.float32).parameters()))
+    assert_same_bits(taken, before)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from esam_dist import lock
+from esam_dist import lock, process
 from esam_dist.errors import UserError
-from esam_dist.lock import Holder, Lock, locked, process_began
+from esam_dist.lock import Holder, Lock, locked
 from esam_dist.ranks import Ranks
 from tests.commands import environment
 
@@ -88,7 +88,7 @@ def test_a_process_of_this_machine_that_lives_is_believed_however_old_its_sign_o
 def test_a_process_of_this_machine_that_is_gone_is_replaced_at_once(tmp_path, gone, monkeypatch):
     monkeypatch.setattr(lock, "STALE_SECONDS", 1000.0)
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-    began = process_began(sleeper.pid)
+    began = process.began(sleeper.pid)
     if gone == "another process with its id":
         held(tmp_path, replace(Holder.here(), began="1"))
     else:
@@ -266,10 +266,10 @@ def test_a_disk_that_is_ill_for_a_while_costs_the_holder_nothing(tmp_path, monke
 
 
 def test_when_a_process_began_is_told_while_it_lives():
-    assert process_began(os.getpid()) == process_began(os.getpid())
-    assert int(process_began(os.getpid())) > int(process_began(1))
-    assert process_began(a_process_that_is_gone()) is None
-    assert process_began(2**40) is None
+    assert process.began(os.getpid()) == process.began(os.getpid())
+    assert int(process.began(os.getpid())) > int(process.began(1))
+    assert process.began(a_process_that_is_gone()) is None
+    assert process.began(2**40) is None
 
 
 def test_a_killed_job_is_followed_at_once_on_the_same_machine(tmp_path, monkeypatch):

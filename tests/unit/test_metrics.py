@@ -66,6 +66,7 @@ def test_train_row_reaches_every_prometheus_name(metrics):
     metrics.progress(10)
     metrics.train(ROW)
     metrics.validation(VALIDATION)
+    metrics.checkpoint_begun(0.2)
     metrics.checkpoint_saved(10, 0.7)
     value = metrics.registry.get_sample_value
     assert value("esam_step") == 10

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder written beside, read back and renamed, with a checksum; the newest and the best are kept.
+"""The folder of a run's checkpoints: each is written beside, read back and renamed; the newest and the best are kept.
 
 `step_NNNNNNNN/state.pt` holds tensors and plain values only (read with `weights_only=True`), `metadata.json` the step,
 the validation accuracy where it was measured, and the SHA-256 of `state.pt`. A folder with this name is complete:
@@ -11,25 +11,18 @@ Only rank 0 touches the disk, so no file system needs to be shared.
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import logging
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
 
 from esam_dist import soundness
-from esam_dist.checksum import sha256
+from esam_dist.checkpoint import sealed
 from esam_dist.errors import CheckpointNotWrittenError, StateNotFiniteError, UserError
-from esam_dist.files import flush_file, flush_folder, write_file
+from esam_dist.files import flush_folder
 from esam_dist.soundness import State
 
 logger = logging.getLogger(__name__)
@@ -54,10 +47,11 @@ class Checkpoints:
         """Complete checkpoints, oldest first; whether one is sound, `read` finds out."""
         return [path for path in self._found() if (path / "metadata.json").is_file()]
 
-    def save(self, state: State, step: int, accuracy: float | None = None) -> Path:
+    def save(self, state: State, step: int, accuracy: float | None = None, given_up: Callable[[], bool] = bool) -> Path:
         """Write `state` as the checkpoint of `step`, and drop those that are no longer to be kept.
 
-        Raises StateNotFiniteError, or CheckpointNotWrittenError where the disk refuses; all others are still there.
+        Raises StateNotFiniteError, or CheckpointNotWrittenError where the disk refuses, or, before it has its name,
+        as soon as `given_up()`; all others are still there.
         """
         self._check_owner()
         name = soundness.unsound(state)
@@ -68,7 +62,8 @@ class Checkpoints:
         final = self.folder / f"step_{step:08d}"
         partial = self.folder / f".partial_{final.name}"
         try:
-            self._write(state, partial, {"step": step, "accuracy": accuracy})
+            self._make(partial)
+            sealed.write(partial, state, {"step": step, "accuracy": accuracy}, given_up)
             self._put_in_place(partial, final)
         except OSError as error:
             with suppress(OSError):
@@ -94,7 +89,7 @@ class Checkpoints:
         self._name_strays()
         for path in reversed(found):
             try:
-                return path, read(path)
+                return path, sealed.read(path)
             except UserError as error:
                 self._broken.add(path.name)
                 logger.warning("passed over: %s", error)
@@ -110,7 +105,7 @@ class Checkpoints:
         measured = [
             (accuracy, _number(path), path)
             for path in self.all()
-            if path.name not in self._broken and (accuracy := _accuracy(path)) is not None
+            if path.name not in self._broken and (accuracy := sealed.accuracy(path)) is not None
         ]
         return max(measured)[2] if measured else None
 
@@ -156,15 +151,11 @@ class Checkpoints:
             return str(found[-1]) if found else "none"
         return "none"
 
-    def _write(self, state: State, partial: Path, metadata: dict[str, Any]) -> None:
+    def _make(self, partial: Path) -> None:
         # Without its parents: a run folder that is gone, with all that it held, must not seem to be there.
         self.folder.mkdir(exist_ok=True)
         self._clear()
         partial.mkdir()
-        written = _write_state(partial / "state.pt", state)
-        if sha256(partial / "state.pt") != written:
-            raise OSError(errno.EIO, "it reads otherwise than it was written")
-        write_file(partial / "metadata.json", json.dumps(metadata | {"sha256": written}))
 
     def _put_in_place(self, partial: Path, final: Path) -> None:
         replaced = self.folder / f".replaced_{final.name}"
@@ -193,81 +184,6 @@ class Checkpoints:
                 doomed = self.folder / f".partial_step_{_number(path):08d}"
                 path.rename(doomed)
                 _remove(doomed)
-
-
-def read(path: Path) -> State:
-    """The state in the checkpoint folder `path`. Raises UserError when it is missing, broken or unreadable."""
-    try:
-        if sha256(path / "state.pt") != _metadata(path)["sha256"]:
-            raise UserError(f"checkpoint {path}: state.pt does not match its checksum; use another checkpoint")
-        state: State = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # whatever JSON, pickle and torch make of a file that is no checkpoint
-        raise UserError(f"checkpoint {path}: cannot be read ({_reason(error)}); use another checkpoint") from error
-    fault = soundness.fault(state)
-    if fault:
-        raise UserError(f"checkpoint {path}: {fault}; use another checkpoint")
-    return state
-
-
-class _Hashed:
-    """A file that knows the checksum of what was written to it, and keeps an error to itself.
-
-    Through torch's C++ a full disk would come out as a RuntimeError without its number.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        if self.error is None:
-            try:
-                self._file.write(data)
-                self.digest.update(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        """Left to whoever owns the file."""
-
-
-def _write_state(path: Path, state: State) -> str:
-    """Write `state` to `path` and to the disk; the checksum of what was to be written."""
-    with path.open("wb") as file:
-        hashed = _Hashed(file)
-        torch.save(state, hashed)  # type: ignore[arg-type]  # it asks for IO[bytes], and takes what writes
-        if hashed.error is not None:
-            raise hashed.error
-        flush_file(file)
-        # What is read back is to come from the disk, not from memory.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return hashed.digest.hexdigest()
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    metadata = json.loads((path / "metadata.json").read_bytes())
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("sha256"), str):
-        raise ValueError("metadata.json: names no sha256")
-    return metadata
-
-
-def _accuracy(path: Path) -> float | None:
-    try:
-        accuracy = float(_metadata(path)["accuracy"])
-    except Exception:  # not measured, or broken: not the best one; it must not stop the next from being saved
-        return None
-    return accuracy if math.isfinite(accuracy) else None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{Path(str(error.filename)).name}: {error.strerror}"
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _number(path: Path) -> int:
