@@ -28,7 +28,7 @@ from benchmarks.chaos.report import page
 from benchmarks.chaos.schedule import KINDS
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = 450
+STEPS = 400
 
 
 def main(argv: list[str] | None = None) -> int:

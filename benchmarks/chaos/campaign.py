@@ -42,7 +42,7 @@ class Campaign:
     seed: int
     steps: int
     kinds: tuple[str, ...]
-    gaps: tuple[int, int] = (3, 9)
+    gaps: tuple[int, int] = (2, 5)
     configurations: tuple[Configuration, ...] = tuple(ALL)
 
 

@@ -140,7 +140,7 @@ def _within(job: Supervised, fault: Fault) -> bool:
 def _slow(job: Supervised, fault: Fault) -> bool:
     struck = job.strike(fault, is_over=False)
     _order(job, fault)
-    job.wait(WINDOW_SECONDS, lambda: _slowed(job, fault) >= 3)
+    job.wait(WINDOW_SECONDS, lambda: _slowed(job, fault) >= 2)
     _withdraw(job)
     return job.undone(struck, f"{_slowed(job, fault)} flushes slowed")
 
@@ -153,7 +153,7 @@ def _clock(job: Supervised, fault: Fault) -> bool:
     struck = job.strike(fault, is_over=False)
     _order(job, fault)
     begun = job.high
-    job.wait(WINDOW_SECONDS, lambda: job.high > begun + 6)
+    job.wait(WINDOW_SECONDS, lambda: job.high > begun + 2)
     _withdraw(job)
     return job.undone(struck, f"{fault.amount / 3600:.1f} h for {job.high - begun} updates")
 

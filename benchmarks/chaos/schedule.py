@@ -35,13 +35,13 @@ KINDS = {
     "rename": Kind("SIGKILL of rank 0 just before or after the rename of a checkpoint", 6, rank=0),
     "prune": Kind("SIGKILL of rank 0 within the removal of an old checkpoint", 6, rank=0),
     "validation": Kind("SIGKILL of a rank within validation", 5),
-    "restart": Kind("SIGKILL of a rank, or of the agent, while the job starts again", 0, (0.0, 9.0)),
-    "stop": Kind("SIGSTOP of a rank for 1 to 2 s", 50, (1.0, 2.0), restarts=False),
-    "full": Kind("disk full until a save is refused", 75, (0.3, 1.5), restarts=False, needs="root"),
-    "readonly": Kind("disk read-only until a save is refused", 75, (0.3, 1.5), restarts=False, needs="root"),
-    "slow": Kind("disk slow: each flush takes 0.2 to 0.8 s longer, for a while", 50, (0.2, 0.8), False, rank=0),
-    "clock": Kind("clock of a rank set back by up to a day, for a while", 80, (10.0, 86400.0), restarts=False),
-    "cut": Kind("host cut off the network for 1 to 4 s", 250, (1.0, 4.0), restarts=False, needs="hosts"),
+    "restart": Kind("SIGKILL of a rank, or of the agent, while the job starts again", 0, (0.0, 15.0)),
+    "stop": Kind("SIGSTOP of a rank for 1 to 2 s", 70, (1.0, 2.0), restarts=False),
+    "full": Kind("disk full until a save is refused", 140, (0.1, 0.6), restarts=False, needs="root"),
+    "readonly": Kind("disk read-only until a save is refused", 130, (0.1, 0.6), restarts=False, needs="root"),
+    "slow": Kind("disk slow: each flush takes 0.2 to 0.8 s longer, for a while", 90, (0.2, 0.8), False, rank=0),
+    "clock": Kind("clock of a rank set back by up to a day, for a while", 120, (10.0, 86400.0), restarts=False),
+    "cut": Kind("host cut off the network for 1 to 4 s", 300, (1.0, 4.0), restarts=False, needs="hosts"),
     "cut_for_long": Kind("host cut off the network for longer than the ranks wait", 6, needs="hosts"),
 }
 AGAIN = 0.6
@@ -60,7 +60,7 @@ class Fault(NamedTuple):
 
 
 def schedule(
-    seed: int, job: int, ranks: int, last_step: int, kinds: Sequence[str], gaps: tuple[int, int] = (3, 9)
+    seed: int, job: int, ranks: int, last_step: int, kinds: Sequence[str], gaps: tuple[int, int] = (2, 5)
 ) -> list[Fault]:
     """The faults of job number `job` on so many `ranks`, which ends with `last_step`.
 
