@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.chaos.campaign import Campaign, hold
-from benchmarks.chaos.configurations import ALL
+from benchmarks.chaos.configurations import ALL, Configuration
 from benchmarks.chaos.report import page
 from benchmarks.chaos.schedule import KINDS
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--updates", type=int, default=STEPS, help="of each job")
     parser.add_argument("--only", nargs="+", choices=sorted(KINDS), metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--configuration", nargs="+", choices=sorted({each.name for each in ALL}), metavar="NAME")
+    parser.add_argument("--configurations", nargs="+", metavar="ENGINE-RANKS-METHOD", help="others than the usual ones")
     parser.add_argument("--continue", dest="goes_on", action="store_true", help="a campaign that lies in --out")
     parser.add_argument("--minutes", type=float, default=1e6, help="no job begins later")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.report:
         work = args.work or Path(tempfile.mkdtemp(prefix="chaos_"))
         kinds = tuple(args.only or KINDS)
-        chosen = tuple(each for each in ALL if not args.configuration or each.name in args.configuration)
+        chosen = tuple(map(Configuration.named, args.configurations or [])) or tuple(ALL)
         begun = time.time()
         hold(
             Campaign(args.out, work, args.seed, args.updates, kinds, configurations=chosen),

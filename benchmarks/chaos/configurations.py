@@ -36,6 +36,12 @@ class Configuration:
     method: str
     hosts: int = 1
 
+    @staticmethod
+    def named(name: str) -> Configuration:
+        """The configuration of that name, on one host."""
+        engine, ranks, method = name.split("-")
+        return Configuration(engine, int(ranks), method)
+
     @property
     def name(self) -> str:
         """What tells it from others, but for hosts, on which no number depends."""

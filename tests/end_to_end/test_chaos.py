@@ -1,12 +1,18 @@
 """Campaigns of faults, a short and a longer one: nothing is lost, and what would be lost is found."""
 
 import csv
+import json
 import subprocess
 import sys
 
 import pytest
 
-from tests.commands import environment
+from benchmarks.chaos.checks import digests
+from benchmarks.chaos.configurations import Configuration, prepare
+from tests.commands import environment, here
+
+SEED = 162
+"""A schedule of one of each."""
 
 
 def campaign(out, *options):
@@ -20,13 +26,24 @@ def rows(path):
 
 
 def test_a_job_that_is_stopped_slowed_and_killed_in_a_save_ends_as_if_nothing_had_been(tmp_path):
-    few = ("--faults=3", "--updates=30", "--seed=14", "--configuration=native-2-sam", "--only", "stop", "slow", "write")
-    ended = campaign(tmp_path, *few)
+    """One rank under `launch`, against a run in this process."""
+    configuration, out = Configuration.named("native-1-sam"), tmp_path / "out"
+    prepare(tmp_path / "work/data")
+    config = tmp_path / "alone.yaml"
+    config.write_text(configuration.text(tmp_path / "work/data", tmp_path / "alone", 22))
+    assert here("train", config).status == 0
+    undisturbed = digests(tmp_path / "alone/checkpoints/step_00000022")._asdict() | {"seconds": 1, "step_seconds": 0.01}
+    out.mkdir()
+    (out / "undisturbed.json").write_text(json.dumps({configuration.name: undisturbed}))
+    few = ("--faults=3", "--updates=22", f"--seed={SEED}", "--configurations", configuration.name, "--continue")
+    ended = campaign(tmp_path, *few, "--only", "stop", "slow", "write")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    faults, (job,) = rows(tmp_path / "out/faults.csv"), rows(tmp_path / "out/jobs.csv")
-    assert {row["kind"] for row in faults} == {"stop", "slow", "write"}
-    assert all(row["survived"] == "True" for row in faults)
+    (job,) = rows(out / "jobs.csv")
     assert job["trouble"] == ""
+    assert job["weights"] == undisturbed["weights"][:16]
+    struck = rows(out / "faults.csv")
+    assert sorted(row["kind"] for row in struck) == ["slow", "stop", "write"]
+    assert all(row["survived"] == "True" for row in struck)
 
 
 @pytest.mark.slow
