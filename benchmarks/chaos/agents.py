@@ -29,6 +29,7 @@ class Agents:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._finished: dict[int, float] = {}
         self.starts = 0
+        self._failed = float("-inf")
         self.statuses: list[int] = []
         """Of those that ended, but for 0."""
 
@@ -52,6 +53,7 @@ class Agents:
                 self._finished[host] = time.monotonic()
             else:
                 self.statuses.append(status)
+                self._failed = time.monotonic()
                 self._finished.clear()
         self.start()
 
@@ -59,6 +61,10 @@ class Agents:
     def are_done(self) -> bool:
         """Whether all hosts ended well."""
         return len(self._finished) == self._configuration.hosts
+
+    def failed_since(self, when: float) -> bool:
+        """Whether one of several hosts has failed since then, and none were all started anew."""
+        return self._configuration.hosts > 1 and self._failed > when
 
     def processes(self, role: str) -> list[Process]:
         """The living processes of a role."""
@@ -88,6 +94,8 @@ class Agents:
             running.kill()
             running.wait()
         self._running.clear()
+        self._finished.clear()
+        self._failed = float("-inf")
 
     def _words(self, host: int) -> list[str]:
         configuration = self._configuration

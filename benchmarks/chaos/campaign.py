@@ -29,7 +29,7 @@ FAULT_FIELDS = (
 )
 JOB_FIELDS = (
     *("job", "configuration", "hosts", "updates", "faults", "not_come_about", "seconds", "undisturbed_seconds"),
-    *("goodput", "starts_of_agents", "starts_of_ranks", "left_in_tmp", "weights", "trouble"),
+    *("goodput", "starts_of_agents", "started_anew", "starts_of_ranks", "left_in_tmp", "weights", "trouble"),
 )
 
 
@@ -165,9 +165,10 @@ def _hurt(campaign: Campaign, number: int, configuration: Configuration, records
     try:
         run(job, planned, inject)
         expected = Digests(known["weights"], known["state"])
-        wrong = [*job.troubles, *checks.check(place, configuration, campaign.steps, mark, expected)]
+        lost = checks.check(place, configuration, campaign.steps, mark, expected)
+        wrong = [*job.troubles, *lost]
         row = _row(number, job, planned, wrong, known)
-        records.add([_fault_row(number, job, struck, wrong) for struck in job.struck], row)
+        records.add([_fault_row(number, job, struck, is_whole=not lost) for struck in job.struck], row)
     finally:
         job.agents.kill()
         place.close()
@@ -177,7 +178,7 @@ def _hurt(campaign: Campaign, number: int, configuration: Configuration, records
     return row
 
 
-def _fault_row(number: int, job: Supervised, struck: Any, wrong: list[str]) -> dict[str, Any]:
+def _fault_row(number: int, job: Supervised, struck: Any, *, is_whole: bool) -> dict[str, Any]:
     fault: Fault = struck.fault
     return {
         "job": number,
@@ -188,7 +189,7 @@ def _fault_row(number: int, job: Supervised, struck: Any, wrong: list[str]) -> d
         "job_seconds": round(struck.seconds, 2),
         "lost_seconds": round(struck.lost_seconds, 2),
         "replayed_updates": struck.replayed_steps,
-        "survived": struck.survived and not wrong,
+        "survived": struck.survived and is_whole,
         "note": struck.note,
     }
 
@@ -207,6 +208,7 @@ def _row(number: int, job: Supervised, planned: list[Fault], wrong: list[str], k
         "undisturbed_seconds": known["seconds"],
         "goodput": round(useful / job.seconds, 3),
         "starts_of_agents": job.agents.starts,
+        "started_anew": job.started_anew,
         "starts_of_ranks": sum(1 for _ in logs.rglob("attempt_*")),
         "left_in_tmp": sum(1 for _ in job.place.temporary.iterdir()),
         "weights": known["weights"][:16],

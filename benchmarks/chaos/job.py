@@ -14,8 +14,13 @@ from benchmarks.chaos.place import Place
 from benchmarks.chaos.schedule import KINDS, Fault
 
 POLL_SECONDS = 0.05
-STALL_SECONDS = 300.0
+STALL_SECONDS = 420.0
 """Without a new update for so long, the job hangs."""
+PATIENCE_SECONDS = 150.0
+"""Where one host's agent has failed and no update follows for so long, all hosts are started anew.
+
+As cluster managers do it. torch alone does not: an agent whose ranks are done waits 300 s for the others, and one that
+comes anew meets it no more."""
 UNHURT_UPDATES = 8
 """A job that makes so many updates in the same process was not hurt, such as by the loss of an idle loader."""
 FIRES_WITHIN_SECONDS = 60.0
@@ -61,6 +66,8 @@ class Supervised:
     troubles: list[str] = field(default_factory=list)
     high: int = 0
     where: Position | None = None
+    started_anew: int = 0
+    """How often all hosts were, as one had failed."""
 
     def __post_init__(self) -> None:
         self.begun = self._moved = time.monotonic()
@@ -90,7 +97,11 @@ class Supervised:
             self._first = self._first or self._moved
         if self.agents.are_done:
             self.high = self.pace.steps + 1
-        if time.monotonic() - self._moved > STALL_SECONDS:
+        still = time.monotonic() - self._moved
+        if self.agents.failed_since(self._moved) and still > PATIENCE_SECONDS:
+            self.agents.kill()
+            self.started_anew += 1
+        if still > STALL_SECONDS:
             self.troubles.append(f"no progress for {STALL_SECONDS:.0f} s at update {self.high}")
             self.agents.kill()
             self._moved = time.monotonic()
