@@ -24,6 +24,8 @@ from typing import Any
 FOLDER = Path(os.environ.get("ESAM_CHAOS", "."))
 RANK = int(os.environ.get("RANK", "0"))
 PROGRAM = "esam_dist.cli"
+READ = "__getitems__"
+"""By this method torch's DataLoader reads a batch."""
 STATE_BYTES = 600_000
 """About as large is a checkpoint of the campaign's network."""
 
@@ -149,7 +151,7 @@ def install(_: ModuleType) -> None:
     from esam_dist.data.order import Picks
     from esam_dist.data.samples import Samples
 
-    read, batches, validated = Samples.__getitems__, TrainData.batches, ValidationData.batches
+    read, batches, validated = getattr(Samples, READ), TrainData.batches, ValidationData.batches
 
     def read_and_recorded(self: Samples, numbered: tuple[int, Picks]) -> Any:
         number, picks = numbered
@@ -171,7 +173,7 @@ def install(_: ModuleType) -> None:
                 die(order)
             yield batch
 
-    Samples.__getitems__ = read_and_recorded  # type: ignore[method-assign]
+    setattr(Samples, READ, read_and_recorded)
     TrainData.batches = taken_and_recorded  # type: ignore[method-assign]
     ValidationData.batches = validated_or_killed  # type: ignore[method-assign]
     Path.open, Path.rename = opened, renamed  # type: ignore[method-assign,assignment]
