@@ -133,9 +133,10 @@ class Supervised:
             return True
         if not struck.is_over or self.where is None or self.where.step <= struck.high:
             return False
-        # Ranks that lost one may still begin an update; where nobody missed what was killed, they go on and on.
+        # Ranks that are about to end still make updates; only where nobody missed a loader do they go on and on.
         again = self.where.who != struck.who or not KINDS[struck.fault.kind].restarts
-        return again or self.where.step > struck.high + UNHURT_UPDATES
+        unhurt = struck.fault.kind == "kill_worker" and self.where.step > struck.high + UNHURT_UPDATES
+        return again or unhurt
 
     def _close(self) -> None:
         """The faults that the job has left behind: it is further than it was before the latest."""

@@ -22,9 +22,9 @@ def page(out: Path) -> tuple[str, int]:
     lines += circumstances.read_text().splitlines() if circumstances.exists() else []
     lines += [
         "",
-        f"**{len(faults)} faults in {len(jobs)} jobs, {survived} survived; {len(jobs) - len(troubles)} of {len(jobs)} "
-        "jobs ended with the weights of the undisturbed run, to the last bit**, every sample once per epoch, and "
-        "nothing left behind.",
+        f"**{len(faults)} faults in {len(jobs)} jobs, {survived} survived**: the job recovered, and ended with the "
+        "weights and the state of the undisturbed run, to the last bit, every sample once per epoch, and nothing left "
+        f"behind. {len(jobs) - len(troubles)} of {len(jobs)} jobs were without any trouble, such as a standstill.",
         "",
         *_by_kind(faults),
         "",

@@ -101,7 +101,8 @@ def test_the_page_counts_by_kind_and_names_what_went_wrong(tmp_path):
     )
     text, failed = page(tmp_path)
     assert failed == 1
-    assert "3 faults in 2 jobs, 2 survived; 1 of 2 jobs" in text
+    assert "1 of 2 jobs were without any trouble" in text
+    assert "3 faults in 2 jobs, 2 survived" in text
     assert re.search(r"SIGSTOP of a rank for 1 to 2 s \| 2 \| 2 \| 2.0 \(2.5\)", text)
     assert "job 1 (zero1-2-sam): weights differ" in text
 
