@@ -43,6 +43,8 @@ def refused(fault: ErrorDetails, field: FieldInfo | None) -> str:
     words = fault["msg"]
     if fault["type"] == "value_error":  # our own validators' words
         return words.removeprefix("Value error, ")
+    if fault["type"] == "string_pattern_mismatch":
+        return f"give a name of the pattern {fault['ctx']['pattern']}"
     told = "a section, with keys of its own" if field is None else takes(field)
     return f"give {told}{', in quotes' if told == 'text' else ''}"
 
@@ -98,7 +100,8 @@ def in_words(schema: dict[str, Any]) -> str:
 
 def _mapping(schema: dict[str, Any]) -> str:
     names = ", ".join(f"{name}: ..." for name in schema.get("properties", {}))
-    return f"{{{names or 'key: value, ...'}}}"
+    least = schema.get("minProperties")
+    return f"{{{names or 'key: value, ...'}}}{f' of at least {least}' if least else ''}"
 
 
 def _list(schema: dict[str, Any]) -> str:

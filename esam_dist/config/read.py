@@ -180,8 +180,8 @@ def _first_fault(error: ValidationError, source: str) -> str:
             return _foreign_key(place[1], method, source)
     where = ".".join(place[:2])
     if len(place) > 2 and fault["type"] in ("extra_forbidden", "missing"):
-        what = f"{shown(place[-1])} is missing" if fault["type"] == "missing" else f"has no key {shown(place[-1])}"
-        return f"{source}: {where}: {what}; see `esam-dist config --config-help {where}`"
+        what = "lacks the" if fault["type"] == "missing" else "has no"
+        return f"{source}: {where} {what} key {shown(place[-1])}; see `esam-dist config --config-help {where}`"
     if place[1:2] == ["overrides"]:
         where = ".".join(place)
     if fault["type"] == "extra_forbidden":

@@ -64,9 +64,9 @@ def build_model(name: str, num_classes: int, options: Mapping[str, Any] | None =
     return model
 
 
-def expression(name: str, num_classes: int, options: Mapping[str, Any]) -> str:
+def expression(name: str, num_classes: int, options: Mapping[str, Any] | None = None) -> str:
     """The network `name` in Python, for whoever has its weights: without this package, but for networks of ours."""
-    told = "".join(f", {key}={value!r}" for key, value in (_extra(name) | dict(options)).items())
+    told = "".join(f", {key}={value!r}" for key, value in (_extra(name) | dict(options or {})).items())
     if name in OURS:
         return f"esam_dist.models.build_model({name!r}, {num_classes})"
     if name.startswith(TIMM):

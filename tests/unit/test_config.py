@@ -85,7 +85,7 @@ def test_override_below_a_plain_value_is_refused(file):
         ("model: {seed: 1}", "run.seed"),
         ("data: {num_workers: 1}", "data.workers"),
         ("data: {qqq: 1}", "data.path"),
-        ("optim: {overrides: [{match: a, lr: 2}]}", "optim.overrides: has no key 'lr'"),
+        ("optim: {overrides: [{match: a, lr: 2}]}", "optim.overrides has no key 'lr'"),
     ],
 )
 def test_unknown_key_names_the_nearest(file, text, nearest):

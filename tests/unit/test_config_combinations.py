@@ -26,6 +26,8 @@ REFUSED = [
     ("data.progressive=[[0,128.5]]", "data.progressive | whole number of pixels"),
     ("data.progressive=[[10,160],[0,128]]", "data.progressive | sort them by epoch"),
     ("data.stream=https://host/a.tar?sig=abc", "data.stream | ${NAME}"),
+    ("metrics.mlflow=https://me:word@host", "metrics.mlflow | MLFLOW_TRACKING_PASSWORD"),
+    ("data.sampling=balanced data.stream=pipe:x data.stream_samples=9", "data.sampling = balanced | data.stream"),
     ("train.class_weights=balanced data.stream=pipe:x", "train.class_weights = balanced | data.stream | data.path"),
     ("metrics.gateway=http://host:port", "metrics.gateway | http://HOST:9091"),
     ("optim.nesterov=true optim.momentum=0", "optim.nesterov = true | optim.momentum > 0 | false"),

@@ -64,7 +64,7 @@ def test_recipes_are_valid_and_say_how_they_are_run(path):
     cfg = config.load(path)
     with torch.device("meta"):
         build_model(cfg.model.name, 10)
-    assert re.search(rf"^#   torchrun .* train configs/{path.name}$", opening(path), re.M)
+    assert re.search(rf"^#   (torchrun .* train|esam-dist launch) configs/{path.name}$", opening(path), re.M)
     assert str(cfg.run.folder) == f"runs/{path.stem}"
 
 
@@ -140,4 +140,4 @@ def test_every_recipe_is_there_and_trains_what_its_name_says(name):
 
 
 def test_there_are_no_other_recipes():
-    assert {path.stem for path in RECIPES} == set(GRID)
+    assert {path.stem for path in RECIPES} == {*GRID, "photographs"}

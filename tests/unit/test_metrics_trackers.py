@@ -78,7 +78,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb_and_another_does_not(tmp
     trained(tmp_path, steps=(10,), wandb="offline")
     trained(tmp_path, Progress(step=5, planned_steps=20), steps=(10, 20), wandb="offline")
     (known,) = json.loads((tmp_path / "trackers.json").read_text()).values()
-    paths = sorted(tmp_path.glob(f"wandb/offline-run-*-{known}/run-{known}.wandb"))
+    paths = sorted(tmp_path.glob(f"wandb/offline-run-*-{known}*/run-{known}.wandb"))
     assert [[entry["step"] for entry in history(path)] for path in paths] == [[10, 10], [10, 20, 20]]
     ends = [record.exit.exit_code for path in paths for record in records(path) if record.HasField("exit")]
     assert ends == [1, 0]  # the first was stopped

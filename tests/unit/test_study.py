@@ -66,7 +66,7 @@ def read(write):
         ({"comparisons": [["sam", "sgdd"]]}, ["comparisons", "'sgdd' is no method", "sgd, sam"]),
         ({"comparisons": [["sam", "sam"]]}, ["comparisons.0", "twice"]),
         ({"targets": [95]}, ["targets.0 = 95"]),
-        ({"equal": "energy"}, ["equal = energy", "'flops'"]),
+        ({"equal": "energy"}, ["equal = energy", "one of time, flops, epochs"]),
         ({"methods": METHODS | {"x": {"grid": {"optim.lr": []}}}}, ["methods.x.grid.optim.lr = []"]),
         ({"methods": METHODS | {"x": {"grid": {"optim.lr": [1, 2]}}}}, ["sgd 1, sam 1, x 2", "equally many"]),
     ],
