@@ -189,6 +189,8 @@ def _module(name: str, words: list[str]) -> None:
         mock.patch.object(sys, "argv", [name, *words]),
         mock.patch.dict(sys.modules),
     ):
+        # Another test may have imported it.
+        sys.modules.pop(f"{name}.__main__", None)
         _parse(lambda: runpy.run_module(name, run_name="__main__"))
 
 

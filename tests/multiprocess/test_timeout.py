@@ -33,7 +33,13 @@ def go_on_alone(ranks: Ranks, cfg: Any) -> tuple[float, str]:
     return 0.0, ""  # the process stays: not lost, only late
 
 
-@pytest.mark.parametrize("engine", [{"name": "native"}, {"name": "deepspeed", "zero_stage": 1}], ids=["native", "zero"])
+ENGINES = [
+    pytest.param({"name": "native"}, id="native"),
+    pytest.param({"name": "deepspeed", "zero_stage": 1}, id="zero", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_rank_fails_after_the_timeout_where_another_does_not_come(engine: dict[str, Any]) -> None:
     cfg = configuration({}, engine=engine | {"collective_timeout_seconds": SECONDS})
     # DeepSpeed averages over a group of its own, so the ranks may have joined with any timeout.

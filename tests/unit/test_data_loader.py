@@ -225,7 +225,8 @@ def jpegs(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("images", ["digits", pytest.param("jpegs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("images", ["digits", "jpegs"])
 def test_neither_owner_nor_worker_grows_over_ten_epochs_and_workers_end_with_their_iterator(images, request):
     command = [sys.executable, "-c", MEMORY, str(request.getfixturevalue(images))]
     told = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=True).stdout
