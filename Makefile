@@ -8,7 +8,7 @@ BIN := .venv/bin
 train: .venv/installed data/digits/dataset.json
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m esam_dist train configs/digits_esam.yaml
 
-# What every change must pass: under ten minutes on two cores. A file's tests stay on one worker, for their fixtures.
+# What every change must pass: about ten minutes on two cores. A file's tests stay on one worker, for their fixtures.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
