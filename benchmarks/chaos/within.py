@@ -155,8 +155,7 @@ def install(_: ModuleType) -> None:
 
     def read_and_recorded(self: Samples, numbered: tuple[int, Picks]) -> Any:
         number, picks = numbered
-        # Validation picks have no augmentation.
-        if picks.seeds.any():
+        if self.train:  # validation counts its batches from 0 too
             record("drawn", number, *picks.ids.tolist())
         return read(self, numbered)
 
@@ -174,6 +173,7 @@ def install(_: ModuleType) -> None:
             yield batch
 
     setattr(Samples, READ, read_and_recorded)
+    # To replace methods of others is what this file is for; mypy takes any such assignment for a mistake.
     TrainData.batches = taken_and_recorded  # type: ignore[method-assign]
     ValidationData.batches = validated_or_killed  # type: ignore[method-assign]
     Path.open, Path.rename = opened, renamed  # type: ignore[method-assign,assignment]
@@ -198,7 +198,7 @@ class Awaited(MetaPathFinder):
             execute(module)
             install(module)
 
-        loader.exec_module = execute_and_install  # type: ignore[method-assign]
+        loader.exec_module = execute_and_install  # type: ignore[method-assign]  # likewise: this one loader's own
         return spec
 
 

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=29417)
     parser.add_argument("--out", type=Path, default=RESULTS / "agreement.csv")
     args = parser.parse_args()
-    mp.spawn(measure, (args.ranks, args.port, args.out), args.ranks)  # type: ignore[no-untyped-call]
+    mp.spawn(measure, (args.ranks, args.port, args.out), args.ranks)  # type: ignore[no-untyped-call]  # torch's is untyped
 
 
 if __name__ == "__main__":

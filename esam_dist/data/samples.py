@@ -68,7 +68,7 @@ class Samples:
     """Map-style dataset over the picks of whole batches, numbered: one call of `__getitems__` fills one batch."""
 
     def __init__(self, split: Images, cfg: DataKeys, ring: Ring, *, train: bool) -> None:
-        self._split, self._cfg, self._ring, self._train = split, cfg, ring, train
+        self._split, self._cfg, self._ring, self.train = split, cfg, ring, train
         self.view = View(cfg, train=train)
 
     def __getitems__(self, numbered: tuple[int, Picks]) -> Any:
@@ -78,19 +78,19 @@ class Samples:
         is left out.
         """
         number, picks = numbered
-        size = image_size(self._cfg, picks.step_epoch) if self._train else self._cfg.image_size
+        size = image_size(self._cfg, picks.step_epoch) if self.train else self._cfg.image_size
         images = self._ring.images(number, len(picks.ids), size)
         ids, seeds, pixels = picks.ids.copy(), picks.seeds.tolist(), images.numpy()
         skips: list[Skip] = []
         bad = {place for place, seed in enumerate(seeds) if not self._load(ids[place], seed, pixels[place], skips)}
-        while self._train and len(bad) == len(ids) and len(skips) < MAX_BAD_IN_A_ROW:
+        while self.train and len(bad) == len(ids) and len(skips) < MAX_BAD_IN_A_ROW:
             ids[0] = (ids[0] + 1) % self._split.num_samples
             bad -= {0} if self._load(ids[0], seeds[0], pixels[0], skips) else set()
         labels = torch.from_numpy(self._split.entries["label"][ids].astype(np.int64))
         num_read = len(skips) + len(ids) - len(bad)
-        numbers = None if self._train else ids
+        numbers = None if self.train else ids
         raw = Raw(images, labels, int(picks.seeds[0] >> np.uint64(1)), skips, num_read, ids=numbers)
-        return self._ring.sent(number, _without_bad(raw, bad, self._train) if bad else raw)
+        return self._ring.sent(number, _without_bad(raw, bad, self.train) if bad else raw)
 
     def _load(self, sample: int, seed: int, out: Pixels, skips: list[Skip]) -> bool:
         """Fill one place of a batch, or say in `skips` why not."""

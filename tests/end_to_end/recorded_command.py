@@ -27,8 +27,7 @@ def record(name: str, *numbers: int) -> None:
 
 def read_and_recorded(self: Samples, numbered: tuple[int, Picks]) -> object:
     number, picks = numbered
-    # Validation picks have no augmentation.
-    if picks.seeds.any():
+    if self.train:  # validation counts its batches from 0 too
         record("drawn", number, *picks.ids.tolist())
     return read(self, numbered)
 
