@@ -6,8 +6,10 @@ BatchNorm buffers), but for gradients that a method has made itself, and the ave
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from esam_dist.errors import UserError, printable
 T = TypeVar("T")
 CPU = torch.device("cpu")
 MANY = 10**9 - 1
+PAUSE_SECONDS = 0.02
 REMEDY = "start ranks by torchrun, deepspeed or `esam-dist launch`; for one process alone unset RANK and all its like"
 
 
@@ -223,6 +226,22 @@ def limit_group(group: dist.ProcessGroup, timeout_seconds: float) -> None:
     getattr(dist.distributed_c10d, name)(timedelta(seconds=timeout_seconds), group)
 
 
+@functools.cache
+def pause_before_forks() -> None:
+    """Let every fork of this process, as that of a loader's worker, wait a moment while there is a process group.
+
+    A thread of gloo lets go of a tensor a moment after its collective has ended, for which it may join the interpreter.
+    If it is just then that the process forks, the child inherits a lock that nobody releases: CPython 3.11 takes it
+    before it is made anew, and waits for ever. In the pause the thread is done.
+    """
+
+    def pause() -> None:
+        if dist.is_initialized():
+            time.sleep(PAUSE_SECONDS)
+
+    os.register_at_fork(before=pause)
+
+
 @contextmanager
 def joined(timeout_seconds: float) -> Iterator[Ranks]:
     """Join the job that the environment describes, for the length of the block, and leave it in order.
@@ -235,6 +254,7 @@ def joined(timeout_seconds: float) -> Iterator[Ranks]:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     if ranks.world_size > 1:
+        pause_before_forks()
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     yield ranks
