@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Replicas:
             self._checked = step
             self._pending = self._ranks.gather_later(fingerprint(tensors, self._ranks.device).view(1))
 
-    def end(self, step: int, remedy: str) -> None:
+    def end(self, step: int, remedy: Callable[[], str]) -> None:
         """Raise ReplicasDifferError, on all ranks alike, where what was begun shows a difference."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -86,7 +86,7 @@ class Replicas:
             logger.error("this is rank %d, on %s: its weights differ", self._ranks.rank, socket.gethostname())
         raise ReplicasDifferError(
             f"{fault} at step {step}: a bit flipped in the memory of a rank, or its device computes wrongly; nothing "
-            f"is saved; {remedy}"
+            f"is saved; {remedy()}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,8 +39,7 @@ def build_network(cfg: config.Config, data_classes: int, device: torch.device) -
             f"{cfg.data.path}; leave it empty, or set data.mixup = 0 and data.cutmix = 0"
         )
     torch.manual_seed(cfg.run.seed)
-    options = published_options(cfg.model.name, cfg.model.weights) | cfg.model.options
-    network = build_model(cfg.model.name, num_classes, options)
+    network = build_model(cfg.model.name, num_classes, builder_options(cfg))
     _refuse_sizes(cfg, network)
     classifier = Classifier(network, cfg.train.precision, channels_last=cfg.train.channels_last).to(device)
     freeze(classifier, cfg.model.freeze)
@@ -52,6 +52,11 @@ def build_network(cfg: config.Config, data_classes: int, device: torch.device) -
     if cfg.train.precision == "fp16" and device.type == "cpu" and os.environ.get("RANK", "0") == "0":
         logger.warning("train.precision = fp16: a CPU computes it many times slower than fp32; it is meant for GPUs")
     return classifier
+
+
+def builder_options(cfg: config.Config) -> dict[str, Any]:
+    """What the network's builder is told: what published weights need, and what the configuration says."""
+    return published_options(cfg.model.name, cfg.model.weights) | cfg.model.options
 
 
 def prepare_training(cfg: config.Config, classifier: Classifier, ranks: Ranks) -> None:

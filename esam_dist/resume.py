@@ -98,6 +98,13 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_dir() and any((path / name).exists() for name in ("state.pt", "metadata.json"))
 
 
+def take_weights(module: nn.Module, saved: tuple[Path, State], cfg: config.Config, *, averaged: bool) -> None:
+    """Give `module` the weights, or their average, of the checkpoint that was found. Raises UserError."""
+    path, state = saved
+    check_network(path, state, cfg, module)
+    module.load_state_dict(averaged_weights(path, state) if averaged else state["engine"]["model"])
+
+
 def averaged_weights(path: Path, state: State) -> dict[str, Tensor]:
     """The averaged weights of the checkpoint at `path`. Raises UserError where it holds none."""
     if not state.get("average"):

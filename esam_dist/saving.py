@@ -91,13 +91,13 @@ class Saver:
 
     def check_alike(self) -> None:
         """End a comparison of the replicas, where one was begun. Raises ReplicasDifferError, on all ranks."""
+        self._run.replicas.end(self._run.progress.step, self._on_other_devices)
+
+    def _on_other_devices(self) -> str:
         newest = self._run.checkpoints.newest_name()
-        self._run.replicas.end(
-            self._run.progress.step,
-            "there is no checkpoint to go back to; start again on other devices"
-            if newest == "none"
-            else f"started again, on other devices, the run goes on from {newest}, the last sound checkpoint",
-        )
+        if newest == "none":
+            return "there is no checkpoint to go back to; start again on other devices"
+        return f"started again, on other devices, the run goes on from {newest}, the last sound checkpoint"
 
     def way_back(self) -> str:
         """See `Checkpoints`; what is being written counts."""

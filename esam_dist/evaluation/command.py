@@ -26,7 +26,7 @@ from esam_dist.findings import CorruptionScore, Findings, Mistake
 from esam_dist.launch import lifeline
 from esam_dist.network import build_network
 from esam_dist.ranks import Ranks, joined
-from esam_dist.resume import averaged_weights, check_network, choose, run_config
+from esam_dist.resume import choose, run_config, take_weights
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
     data = _open(data_cfg, ranks, args.split)
     outputs = places(data.split.class_names, names, data_cfg.path)
     module = build_network(cfg, len(names), ranks.device)
-    check_network(path, state, cfg, module)
-    module.load_state_dict(averaged_weights(path, state) if args.averaged else state["engine"]["model"])
+    take_weights(module, (path, state), cfg, averaged=args.averaged)
     del state
     with joined(cfg.engine.collective_timeout_seconds) as ranks:
         found = predict(module, data, outputs, ranks)

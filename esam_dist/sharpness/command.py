@@ -20,7 +20,7 @@ from esam_dist.files import write_file
 from esam_dist.network import build_network
 from esam_dist.ranks import Ranks, joined
 from esam_dist.report.command import in_columns
-from esam_dist.resume import averaged_weights, check_network, choose, run_config
+from esam_dist.resume import choose, run_config, take_weights
 from esam_dist.sharpness import page
 from esam_dist.sharpness.measure import Wanted, measure
 from esam_dist.sharpness.objective import Objective
@@ -95,8 +95,7 @@ class _Opened:
         self.path, state = choose(Checkpoints(folder / "checkpoints", self.cfg.checkpoint.keep), args.checkpoint)
         self._data = open_samples(self.cfg.data, ranks, split=args.split, most=args.samples)
         self._module = build_network(self.cfg, self._data.num_classes, ranks.device)
-        check_network(self.path, state, self.cfg, self._module)
-        self._module.load_state_dict(averaged_weights(self.path, state) if args.averaged else state["engine"]["model"])
+        take_weights(self._module, (self.path, state), self.cfg, averaged=args.averaged)
         self._kind = torch.float64 if args.double else torch.float32
         self.about: dict[str, Any] = {
             "checkpoint": str(self.path),

@@ -17,7 +17,7 @@ from esam_dist import config
 from esam_dist.data.dataset import Description, read_description
 from esam_dist.data.keys import DataKeys
 from esam_dist.errors import UserError
-from esam_dist.models.published import published_options
+from esam_dist.network import builder_options
 from esam_dist.section import Positive, Real
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def sidecar_path(file: Path) -> Path:
 def _card(cfg: config.Config, num_outputs: int, found: Description | None) -> Card:
     return Card(
         model=cfg.model.name,
-        options=published_options(cfg.model.name, cfg.model.weights) | cfg.model.options,
+        options=builder_options(cfg),
         num_outputs=num_outputs,
         classes=[] if found is None else found.classes,
         image_size=cfg.data.image_size,

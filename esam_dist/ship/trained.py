@@ -16,6 +16,7 @@ from esam_dist.checkpoint import Checkpoints
 from esam_dist.errors import UserError
 from esam_dist.metrics.jsonl import read as read_rows
 from esam_dist.models import build_model
+from esam_dist.network import builder_options
 from esam_dist.resume import STEP_NAME, averaged_weights, choose, is_checkpoint, named, no_run, run_config
 from esam_dist.ship.card import Card, described_later, parse
 from esam_dist.soundness import State
@@ -107,7 +108,7 @@ def _card(path: Path, state: State, weights: Mapping[str, Tensor]) -> Card:
         )
     cfg = run_config(run)
     with torch.device("meta"):
-        of_two = build_model(cfg.model.name, 2, cfg.model.options).state_dict()
+        of_two = build_model(cfg.model.name, 2, builder_options(cfg)).state_dict()
     grown = [name for name, value in of_two.items() if name in weights and value.shape != weights[name].shape]
     return described_later(cfg, len(weights[grown[0]]) if grown else 2, path)
 
